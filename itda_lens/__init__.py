@@ -1,0 +1,20 @@
+"""ITDA: dictionaries of real activations for SAELens and TransformerLens.
+
+Importing this package registers the architecture `"itda"` with SAELens, so that `SAE.load_from_disk` knows it.
+"""
+
+from itda_lens import embedded
+from itda_lens.provenance import Provenance
+from itda_lens.pursuit import SparseCodes, matching_pursuit
+from itda_lens.sae import ITDA, ITDAConfig
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ITDA",
+    "ITDAConfig",
+    "Provenance",
+    "SparseCodes",
+    "embedded",
+    "matching_pursuit",
+]

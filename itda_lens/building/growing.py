@@ -1,0 +1,100 @@
+"""A dictionary that grows by one atom at a time, with its Gram matrix and where each atom came from."""
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from itda_lens.pursuit import SparseCodes, computed_rows, gram_fits, gram_matrix, pursue, stored_rows
+
+
+class GrowingDictionary:
+    """Unit rows and their inner products, in buffers with room to grow; the Gram matrix only while it fits.
+
+    For each atom also the row and position it came from, and its loss at admission.
+    """
+
+    def __init__(self, d_in: int, device: torch.device):
+        self.n = 0
+        self._atoms = torch.empty(0, d_in, device=device)
+        self._gram: Tensor | None = torch.empty(0, 0, device=device)
+        self._places = torch.empty(0, 2, dtype=torch.int64)
+        self._admission = torch.empty(0, dtype=torch.float64)
+
+    @property
+    def atoms(self) -> Float[Tensor, "n d"]:
+        return self._atoms[: self.n]
+
+    @property
+    def row(self) -> Int64[Tensor, " n"]:
+        return self._places[: self.n, 0]
+
+    @property
+    def position(self) -> Int64[Tensor, " n"]:
+        return self._places[: self.n, 1]
+
+    @property
+    def admission(self) -> Float64[Tensor, " n"]:
+        return self._admission[: self.n]
+
+    def add(self, atom: Float[Tensor, " d"], row: int, position: int, loss: float) -> Float[Tensor, " n"]:
+        """Append a unit vector; returns its inner products with the atoms before it."""
+        products = self.atoms @ atom
+        n = self.n
+        if n == len(self._atoms):
+            self._reserve(max(64, n + n // 2))
+        self._atoms[n] = atom
+        if self._gram is not None:
+            self._gram[n, :n] = products
+            self._gram[:n, n] = products
+            self._gram[n, n] = atom @ atom
+        self._places[n, 0], self._places[n, 1], self._admission[n] = row, position, loss
+        self.n += 1
+        return products
+
+    def extend(
+        self,
+        atoms: Float[Tensor, "m d"],
+        row: Int64[Tensor, " m"],
+        position: Int64[Tensor, " m"],
+        admission: Float64[Tensor, " m"],
+    ) -> None:
+        """Append many unit vectors at once."""
+        self._atoms = torch.cat([self.atoms, atoms.to(self._atoms)])
+        self._places = torch.cat([self._places[: self.n], torch.stack([row, position], dim=1)])
+        self._admission = torch.cat([self.admission, admission])
+        self.n = len(self._atoms)
+        self._gram = gram_matrix(self._atoms) if gram_fits(self.n) else None
+
+    def keep(self, indices: Int64[Tensor, " m"]) -> None:
+        """Keep these atoms alone, in this order."""
+        on_device = indices.to(self._atoms.device)
+        if self._gram is not None:
+            self._gram = self._gram[on_device[:, None], on_device]
+        self._atoms = self._atoms[on_device]
+        self._places, self._admission = self._places[indices], self._admission[indices]
+        self.n = len(indices)
+
+    def pursue(self, x: Float[Tensor, "b d"], k: int) -> SparseCodes:
+        """Matching pursuit of one block, with the atoms so far; empty codes where there are none."""
+        if self.n == 0:
+            empty = x.new_zeros(len(x), k)
+            return SparseCodes(empty, torch.zeros_like(empty, dtype=torch.int64))
+        gram = self._gram
+        rows = computed_rows(self.atoms) if gram is None else stored_rows(gram[: self.n, : self.n])
+        return pursue(x @ self.atoms.T, rows, k)
+
+    def _reserve(self, capacity: int) -> None:
+        self._atoms = _grown(self._atoms, capacity)
+        self._places, self._admission = _grown(self._places, capacity), _grown(self._admission, capacity)
+        if self._gram is not None and gram_fits(capacity):
+            gram = self._gram.new_empty(capacity, capacity)
+            gram[: self.n, : self.n] = self._gram[: self.n, : self.n]
+            self._gram = gram
+        else:
+            self._gram = None
+
+
+def _grown(buffer: Tensor, capacity: int) -> Tensor:
+    larger = buffer.new_empty(capacity, *buffer.shape[1:])
+    larger[: len(buffer)] = buffer
+    return larger

@@ -1,0 +1,79 @@
+"""The hot loop: pursuit on correlations alone, which each step updates with one row of the Gram matrix."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from itda_lens.pursuit.codes import SparseCodes
+
+GramRows = Callable[[Int64[Tensor, " b"]], Float[Tensor, "b n"]]
+"""The rows of the Gram matrix that belong to the given atoms."""
+
+# A block of correlations (4 MiB on a CPU) stays near the cores over all its steps.
+_BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
+
+
+def block_rows(n: int, device: torch.device) -> int:
+    """How many activations are pursued together, so that a block stays in cache (on a GPU: in memory)."""
+    return max(16, _BLOCK_ELEMENTS.get(device.type, 2**24) // max(n, 1))
+
+
+def stored_rows(gram: Float[Tensor, "n n"]) -> GramRows:
+    """Rows read from a Gram matrix."""
+    return lambda indices: gram.index_select(0, indices)
+
+
+def computed_rows(atoms: Float[Tensor, "n d"]) -> GramRows:
+    """Rows computed from the atoms, for dictionaries whose Gram matrix does not fit."""
+    return lambda indices: atoms.index_select(0, indices) @ atoms.T
+
+
+@torch.no_grad()
+def pursue(
+    correlations: Float[Tensor, "b n"],
+    rows: GramRows,
+    k: int,
+    *,
+    nonnegative: bool = False,
+    energy: Float[Tensor, " b"] | None = None,
+    tolerance: float = 0.0,
+) -> SparseCodes:
+    """Matching pursuit from `<x, d_j>`: `x` itself is not needed. Overwrites `correlations` with the residual's.
+
+    Subtracting `v d_i` from the residual subtracts `v <d_i, d_j>` from its correlation with each atom `j`
+    (Mallat & Zhang 1993, eq. 19), which is `v` times a row of the Gram matrix; the residual's squared norm
+    falls by `v^2`.
+
+    Args:
+        correlations: inner products of each activation with each atom.
+        rows: where rows of the Gram matrix come from.
+        k: steps.
+        nonnegative: choose among positive correlations alone, and stop when there is none.
+        energy: squared norms of the activations; needed with `tolerance`.
+        tolerance: relative residual norm at which a row stops; in float32 it resolves about 1e-3.
+    """
+    b = correlations.shape[0]
+    values = correlations.new_zeros(k, b)
+    indices = torch.zeros(k, b, dtype=torch.int64, device=correlations.device)
+    left = None if energy is None or tolerance == 0 else energy.clone()
+    floor = None if left is None else tolerance**2 * left
+    magnitude = correlations if nonnegative else torch.empty_like(correlations)
+    for step in range(k):
+        if not nonnegative:
+            torch.abs(correlations, out=magnitude)
+        chosen = magnitude.argmax(dim=-1)
+        value = correlations.gather(-1, chosen[:, None])[:, 0]
+        if nonnegative:
+            value = value.clamp(min=0)
+        if left is not None and floor is not None:
+            value = value.masked_fill(left <= floor, 0)
+            left -= value.square()
+        stopped = value == 0
+        if stopped.all():
+            break
+        values[step], indices[step] = value, chosen.masked_fill(stopped, 0)
+        if step + 1 < k:
+            correlations.addcmul_(rows(chosen), value[:, None], value=-1)
+    return SparseCodes(values.T.contiguous(), indices.T.contiguous())

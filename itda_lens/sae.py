@@ -1,0 +1,349 @@
+"""ITDA as a SAELens SAE: pursuit for an encoder, real activations for a decoder."""
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens import SAE, SAEConfig
+from sae_lens.registry import SAE_CLASS_REGISTRY, register_sae_class
+from sae_lens.saes.sae import SAEMetadata, _disable_hooks
+from sae_lens.saes.topk_sae import SparseHookPoint, TopK, act_times_W_dec
+from torch import Tensor, nn
+
+from itda_lens.provenance import Provenance
+from itda_lens.pursuit import (
+    GramCache,
+    SparseCodes,
+    check_unit_rows,
+    coefficients_on_path,
+    computed_rows,
+    matching_pursuit,
+    pursue,
+    stored_rows,
+)
+
+ARCHITECTURE = "itda"
+PROVENANCE_KEY = "provenance"
+# Unit float32 rows are off by less than this; rows that came through bfloat16 by far more.
+_EXACT_NORM_TOLERANCE = 1e-5
+
+
+@dataclass
+class ITDAConfig(SAEConfig):
+    """The configuration of an `ITDA`: SAELens's own fields, and the pursuit's.
+
+    Raises:
+        ValueError: `k`, `d_in` or `d_sae` below 1, or a normalisation that pursuit can't follow.
+    """
+
+    k: int = 32
+    """L0: the steps of pursuit, so at most this many different atoms for each activation."""
+    nonnegative: bool = False
+    """Only positive coefficients."""
+    use_sparse_activations: bool = False
+    """`encode` returns a sparse COO tensor in place of a dense one."""
+
+    @classmethod
+    def architecture(cls) -> str:
+        return ARCHITECTURE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("k", "d_in", "d_sae"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if self.normalize_activations == "covariance_whitening":
+            raise ValueError(
+                "normalize_activations='covariance_whitening' does not fit an ITDA, whose encoder is tied to its atoms: "
+                "use 'none', 'layer_norm' or 'expected_average_only_in'"
+            )
+
+
+class ITDA(SAE[ITDAConfig]):
+    """A dictionary of real activations, encoded by matching pursuit (arXiv 2505.17769), as a SAELens SAE.
+
+    `x - b_dec` is decomposed into `k` atoms; the coefficients are signed; `b_dec` is added back.
+    With `apply_b_dec_to_input=False` the bias is neither subtracted nor added.
+
+    Example:
+        >>> itda = ITDA.from_atoms(torch.eye(3), k=1)
+        >>> itda(torch.tensor([[0.5, -2.0, 0.0]])).tolist()
+        [[0.0, -2.0, 0.0]]
+    """
+
+    provenance: Provenance | None
+
+    def __init__(self, cfg: ITDAConfig, use_error_term: bool = False):
+        super().__init__(cfg, use_error_term)
+        self.provenance = None
+        self._gram = GramCache()
+        self.hook_sae_acts_post = SparseHookPoint(cfg.d_sae)
+        self.setup()
+
+    @staticmethod
+    def from_atoms(
+        atoms: Float[Tensor, "n d"],
+        k: int,
+        *,
+        bias: Float[Tensor, " d"] | None = None,
+        provenance: Provenance | None = None,
+        metadata: SAEMetadata | dict[str, Any] | None = None,
+        **cfg: Any,
+    ) -> "ITDA":
+        """An ITDA of given atoms.
+
+        Args:
+            atoms: unit rows.
+            k: L0, at most `n`.
+            bias: subtracted before pursuit and added after it; zeros if not given.
+            provenance: where the atoms come from.
+            metadata: what SAELens should know: `model_name`, `hook_name`, `context_size`, `prepend_bos`, ...
+            cfg: other fields of `ITDAConfig`.
+
+        Raises:
+            ValueError: no atoms, atoms that are not finite or not of unit length, `k` out of range, or a bias or
+                provenance of another size.
+
+        Example:
+            >>> ITDA.from_atoms(torch.eye(3), k=2).cfg.d_sae
+            3
+        """
+        n, d = atoms.shape
+        if n == 0:
+            raise ValueError("atoms is empty: an ITDA needs at least one atom")
+        _check_k(k, n)
+        _check_atoms(atoms, provenance)
+        if bias is not None and bias.shape != (d,):
+            raise ValueError(f"bias has shape {tuple(bias.shape)}, but atoms of width {d} need ({d},)")
+        if isinstance(metadata, dict):
+            metadata = SAEMetadata(**metadata)
+        cfg = {"dtype": str(atoms.dtype).removeprefix("torch."), "device": str(atoms.device)} | cfg
+        cfg["metadata"] = _with_defaults(metadata or SAEMetadata())
+        itda = ITDA(ITDAConfig(d_in=d, d_sae=n, k=k, **cfg))
+        itda.W_dec.data = _renormalised(atoms.detach().to(itda.device, itda.dtype)).clone(
+            memory_format=torch.contiguous_format
+        )
+        if bias is not None:
+            itda.b_dec.data = bias.detach().to(itda.device, itda.dtype, copy=True)
+        itda.provenance = provenance
+        return itda
+
+    @property
+    def W_enc(self) -> Tensor:  # type: ignore[override]
+        """The encoder's directions are the atoms: `W_dec.T`."""
+        return self.W_dec.T
+
+    @property
+    def atoms(self) -> Float[Tensor, "n d"]:
+        """The dictionary: `W_dec`."""
+        return self.W_dec
+
+    def initialize_weights(self) -> None:
+        """Unit rows in random directions, from a fixed seed; to be replaced by real activations."""
+        shape = (self.cfg.d_sae, self.cfg.d_in)
+        if self.device.type == "meta":
+            rows = torch.empty(shape, dtype=self.dtype, device=self.device)
+        else:
+            rows = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+            rows = nn.functional.normalize(rows, dim=-1).to(self.device, self.dtype)
+        self.W_dec = nn.Parameter(rows)
+        self.b_dec = nn.Parameter(torch.zeros(self.cfg.d_in, dtype=self.dtype, device=self.device))
+
+    def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
+        # Never called here; tools that look for a TopK (sae-dashboard) then leave the encoder whole.
+        return TopK(self.cfg.k)
+
+    def encode(self, x: Float[Tensor, "*dims"]) -> Tensor:
+        """The coefficient of each atom, `[..., d_sae]`, dense unless `use_sparse_activations`.
+
+        `hook_sae_acts_pre` gets the correlations that pursuit starts from and `hook_sae_acts_post` the coefficients.
+
+        Raises:
+            ValueError: the activations have another width than the atoms.
+        """
+        sae_in = self._preprocess(x)
+        hook = self.hook_sae_acts_pre
+        hooked = getattr(hook, "_forward_hooks", None) or getattr(hook, "_backward_hooks", None)
+        codes = self._pursue_hooked(sae_in) if hooked else self._pursue(sae_in)
+        codes = codes._replace(values=codes.values.to(self.dtype))
+        n = self.cfg.d_sae
+        return self.hook_sae_acts_post(codes.to_coo(n) if self.cfg.use_sparse_activations else codes.to_dense(n))
+
+    def encode_sparse(self, x: Float[Tensor, "*dims"]) -> SparseCodes:
+        """The path of pursuit, `k` pairs in order of choice, in float32; preprocesses as `encode`, fires no hooks."""
+        with _disable_hooks(self):
+            return self._pursue(self._preprocess(x))
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        """The weighted sum of the atoms, plus the bias."""
+        acts, atoms = feature_acts, self.W_dec
+        if acts.is_sparse and acts.dtype in (torch.bfloat16, torch.float16):
+            acts, atoms = acts.float(), atoms.float()  # torch has no sparse product in half precision
+        recons = act_times_W_dec(acts, atoms, False).to(self.dtype)
+        recons = self.hook_sae_recons(recons + self.b_dec * self.cfg.apply_b_dec_to_input)
+        return self.reshape_fn_out(self.run_time_activation_norm_fn_out(recons), self.d_head)
+
+    def crop(self, n: int) -> "ITDA":
+        """An ITDA of the first `n` atoms, as the paper does to compare at a fixed size."""
+        if not 1 <= n <= self.cfg.d_sae:
+            raise ValueError(f"n must be between 1 and the {self.cfg.d_sae} atoms of this dictionary, got {n}")
+        provenance = None if self.provenance is None else self.provenance.select(range(n))
+        return self._with(self.W_dec[:n], self.cfg.k, provenance)
+
+    def with_k(self, k: int) -> "ITDA":
+        """The same dictionary with another L0."""
+        return self._with(self.W_dec, k, self.provenance)
+
+    @torch.no_grad()
+    def fold_and_get_W_dec_norm(self) -> Float[Tensor, " n"]:
+        """The rows' norms, all 1: there is nothing to fold. Raises NotImplementedError when they are not."""
+        norms = self.get_W_dec_norm()
+        try:
+            check_unit_rows(norms)
+        except ValueError as e:
+            raise NotImplementedError(f"an ITDA's norms can't be folded, since pursuit needs unit rows: {e}") from e
+        return norms
+
+    @torch.no_grad()
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        """Take raw activations from now on: pursuit scales with its input, so only the bias moves."""
+        self.b_dec.data /= scaling_factor
+        self.cfg.normalize_activations = "none"
+
+    def fold_activation_whitening(self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor) -> None:
+        raise NotImplementedError(
+            "whitening can't be folded into an ITDA, whose encoder is tied to its atoms: build it on whitened activations"
+        )
+
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        # Inside the weights, since SAELens's upload keeps no other file and its metadata goes into every eval.
+        if self.provenance is not None:
+            state_dict[PROVENANCE_KEY] = self.provenance.to_bytes()
+
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        packed = state_dict.pop(PROVENANCE_KEY, None)
+        provenance = None if packed is None else Provenance.from_bytes(packed.cpu().to(torch.uint8))
+        _check_state(state_dict, self.cfg)
+        _check_atoms(state_dict["W_dec"], provenance)
+        state_dict["W_dec"] = _renormalised(state_dict["W_dec"])
+        self.provenance = provenance
+
+    def _preprocess(self, x: Tensor) -> Tensor:
+        dims = 2 if self.hook_z_reshaping_mode else 1
+        width = math.prod(x.shape[-dims:]) if x.ndim >= dims else 0
+        if width != self.cfg.d_in:
+            raise ValueError(
+                f"the activations have shape {tuple(x.shape)}, hence width {width}, but this dictionary's atoms have "
+                f"width {self.cfg.d_in}: they come from {self.cfg.metadata.hook_name or 'another hook point'} of "
+                f"{self.cfg.metadata.model_name or 'another model'}"
+            )
+        return self.process_sae_in(x)
+
+    def _pursue(self, sae_in: Tensor) -> SparseCodes:
+        gram = self._gram.get(self.W_dec)
+        return matching_pursuit(sae_in, self.W_dec, self.cfg.k, gram=gram, nonnegative=self.cfg.nonnegative)
+
+    def _pursue_hooked(self, sae_in: Tensor) -> SparseCodes:
+        # What a hook makes of the correlations is where pursuit starts.
+        k, dtype = self.cfg.k, torch.promote_types(self.dtype, torch.float32)
+        atoms = self.W_dec.to(dtype)
+        correlations = self.hook_sae_acts_pre(sae_in.to(dtype) @ atoms.T)
+        gram = self._gram.get(self.W_dec)
+        rows = computed_rows(atoms.detach()) if gram is None else stored_rows(gram)
+        start = correlations.detach().reshape(-1, self.cfg.d_sae)
+        values, indices = pursue(start.clone(), rows, k, nonnegative=self.cfg.nonnegative)
+        if torch.is_grad_enabled():
+            on_path = correlations.reshape(start.shape).gather(-1, indices)
+            values = coefficients_on_path(on_path, atoms[indices], values != 0)
+        shape = (*correlations.shape[:-1], k)
+        return SparseCodes(values.reshape(shape), indices.reshape(shape))
+
+    def _with(self, atoms: Tensor, k: int, provenance: Provenance | None) -> "ITDA":
+        own = {f.name: getattr(self.cfg, f.name) for f in fields(self.cfg)}
+        for name in ("d_in", "d_sae", "k", "metadata"):
+            del own[name]
+        metadata = copy.deepcopy(self.cfg.metadata)
+        return ITDA.from_atoms(atoms, k, bias=self.b_dec, provenance=provenance, metadata=metadata, **own)
+
+
+_METADATA_DEFAULTS: dict[str, Any] = {
+    "model_name": None,
+    "model_class_name": None,
+    "hook_name": None,
+    "hook_head_index": None,
+    "prepend_bos": None,
+    "context_size": None,
+    "dataset_path": None,
+    "seqpos_slice": None,
+    "exclude_special_tokens": None,
+    "neuronpedia_id": None,
+    "model_from_pretrained_kwargs": {},
+}
+
+
+def _with_defaults(metadata: SAEMetadata) -> SAEMetadata:
+    complete = {**copy.deepcopy(_METADATA_DEFAULTS), **metadata.to_dict()}
+    for key, value in complete.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as e:
+            raise ValueError(
+                f"metadata[{key!r}] is {value!r}, which JSON can't hold ({e}): it could not be saved"
+            ) from e
+    return SAEMetadata(**complete)
+
+
+def _check_k(k: int, n: int) -> None:
+    if not 1 <= k <= n:
+        raise ValueError(f"k must be between 1 and the number of atoms, {n}, got {k}")
+
+
+def _check_atoms(atoms: Tensor, provenance: Provenance | None) -> None:
+    if not atoms.is_floating_point():
+        raise ValueError(f"atoms must be floating point, got {atoms.dtype}")
+    bad = atoms.isfinite().all(dim=-1).logical_not().nonzero()
+    if len(bad):
+        raise ValueError(f"atom {int(bad[0])} holds NaN or infinite values ({len(bad)} such atoms of {len(atoms)})")
+    check_unit_rows(atoms.float().norm(dim=-1))
+    if provenance is not None and len(provenance) != len(atoms):
+        raise ValueError(f"the provenance names {len(provenance)} atoms, but the dictionary has {len(atoms)}")
+
+
+def _check_state(state_dict: dict[str, Any], cfg: ITDAConfig) -> None:
+    for name, shape in {"W_dec": (cfg.d_sae, cfg.d_in), "b_dec": (cfg.d_in,)}.items():
+        if name not in state_dict:
+            raise ValueError(f"the weights have no {name}, only {sorted(state_dict)}: this is not an ITDA")
+        if state_dict[name].shape != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(state_dict[name].shape)}, but the configuration (d_sae={cfg.d_sae}, "
+                f"d_in={cfg.d_in}) needs {shape}: one of the two files was edited"
+            )
+
+
+@torch.no_grad()
+def _renormalised(atoms: Tensor) -> Tensor:
+    """Rows brought back to unit length where a narrower dtype had taken them off it; exact rows are not touched."""
+    if atoms.dtype in (torch.bfloat16, torch.float16):
+        return atoms
+    norms = atoms.norm(dim=-1, keepdim=True)
+    return torch.where((norms - 1).abs() > _EXACT_NORM_TOLERANCE, atoms / norms, atoms)
+
+
+def _register() -> None:
+    held = SAE_CLASS_REGISTRY.get(ARCHITECTURE)
+    if held is not None and held[0].__module__ != __name__:
+        raise RuntimeError(
+            f"SAELens already has an architecture {ARCHITECTURE!r}, from {held[0].__module__}: "
+            "itda_lens can't be used beside it"
+        )
+    SAE_CLASS_REGISTRY.pop(ARCHITECTURE, None)  # our own class, from before a reload
+    register_sae_class(ARCHITECTURE, ITDA, ITDAConfig)
+
+
+_register()
