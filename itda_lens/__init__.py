@@ -3,7 +3,8 @@
 Importing this package registers the architecture `"itda"` with SAELens, so that `SAE.load_from_disk` knows it.
 """
 
-from itda_lens import embedded
+from itda_lens import embedded, evals, interpret
+from itda_lens.building import BuildConfig, BuildStats, DictionaryBuilder, build
 from itda_lens.provenance import Provenance
 from itda_lens.pursuit import SparseCodes, matching_pursuit
 from itda_lens.sae import ITDA, ITDAConfig
@@ -12,9 +13,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ITDA",
+    "BuildConfig",
+    "BuildStats",
+    "DictionaryBuilder",
     "ITDAConfig",
     "Provenance",
     "SparseCodes",
+    "build",
     "embedded",
+    "evals",
+    "interpret",
     "matching_pursuit",
 ]

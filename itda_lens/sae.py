@@ -21,10 +21,8 @@ from itda_lens.pursuit import (
     SparseCodes,
     check_unit_rows,
     coefficients_on_path,
-    computed_rows,
     matching_pursuit,
     pursue,
-    stored_rows,
 )
 
 ARCHITECTURE = "itda"
@@ -60,8 +58,8 @@ class ITDAConfig(SAEConfig):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         if self.normalize_activations == "covariance_whitening":
             raise ValueError(
-                "normalize_activations='covariance_whitening' does not fit an ITDA, whose encoder is tied to its atoms: "
-                "use 'none', 'layer_norm' or 'expected_average_only_in'"
+                "normalize_activations='covariance_whitening' does not fit an ITDA, whose encoder is tied to its "
+                "atoms: use 'none', 'layer_norm' or 'expected_average_only_in'"
             )
 
 
@@ -123,9 +121,14 @@ class ITDA(SAE[ITDAConfig]):
             raise ValueError(f"bias has shape {tuple(bias.shape)}, but atoms of width {d} need ({d},)")
         if isinstance(metadata, dict):
             metadata = SAEMetadata(**metadata)
-        cfg = {"dtype": str(atoms.dtype).removeprefix("torch."), "device": str(atoms.device)} | cfg
-        cfg["metadata"] = _with_defaults(metadata or SAEMetadata())
-        itda = ITDA(ITDAConfig(d_in=d, d_sae=n, k=k, **cfg))
+        metadata = _with_defaults(metadata or SAEMetadata())
+        whole_hook_z = (metadata.hook_name or "").endswith("hook_z") and metadata.hook_head_index is None
+        cfg = {
+            "dtype": str(atoms.dtype).removeprefix("torch."),
+            "device": str(atoms.device),
+            "reshape_activations": "hook_z" if whole_hook_z else "none",
+        } | cfg
+        itda = ITDA(ITDAConfig(d_in=d, d_sae=n, k=k, metadata=metadata, **cfg))
         itda.W_dec.data = _renormalised(atoms.detach().to(itda.device, itda.dtype)).clone(
             memory_format=torch.contiguous_format
         )
@@ -218,7 +221,8 @@ class ITDA(SAE[ITDAConfig]):
 
     def fold_activation_whitening(self, mean: Tensor, whitening_matrix: Tensor, unwhitening_matrix: Tensor) -> None:
         raise NotImplementedError(
-            "whitening can't be folded into an ITDA, whose encoder is tied to its atoms: build it on whitened activations"
+            "whitening can't be folded into an ITDA, whose encoder is tied to its atoms: "
+            "build it on whitened activations"
         )
 
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
@@ -254,10 +258,9 @@ class ITDA(SAE[ITDAConfig]):
         k, dtype = self.cfg.k, torch.promote_types(self.dtype, torch.float32)
         atoms = self.W_dec.to(dtype)
         correlations = self.hook_sae_acts_pre(sae_in.to(dtype) @ atoms.T)
-        gram = self._gram.get(self.W_dec)
-        rows = computed_rows(atoms.detach()) if gram is None else stored_rows(gram)
         start = correlations.detach().reshape(-1, self.cfg.d_sae)
-        values, indices = pursue(start.clone(), rows, k, nonnegative=self.cfg.nonnegative)
+        gram, nonnegative = self._gram.get(self.W_dec), self.cfg.nonnegative
+        values, indices = pursue(start.clone(), atoms.detach(), gram, k, nonnegative=nonnegative)
         if torch.is_grad_enabled():
             on_path = correlations.reshape(start.shape).gather(-1, indices)
             values = coefficients_on_path(on_path, atoms[indices], values != 0)
@@ -293,9 +296,7 @@ def _with_defaults(metadata: SAEMetadata) -> SAEMetadata:
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError) as e:
-            raise ValueError(
-                f"metadata[{key!r}] is {value!r}, which JSON can't hold ({e}): it could not be saved"
-            ) from e
+            raise ValueError(f"metadata[{key!r}] is {value!r}, and can't be saved as JSON ({e})") from e
     return SAEMetadata(**complete)
 
 

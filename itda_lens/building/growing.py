@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from itda_lens.pursuit import SparseCodes, computed_rows, gram_fits, gram_matrix, pursue, stored_rows
+from itda_lens.pursuit import SparseCodes, gram_fits, gram_matrix, pursue
 
 
 class GrowingDictionary:
@@ -79,9 +79,8 @@ class GrowingDictionary:
         if self.n == 0:
             empty = x.new_zeros(len(x), k)
             return SparseCodes(empty, torch.zeros_like(empty, dtype=torch.int64))
-        gram = self._gram
-        rows = computed_rows(self.atoms) if gram is None else stored_rows(gram[: self.n, : self.n])
-        return pursue(x @ self.atoms.T, rows, k)
+        gram = None if self._gram is None else self._gram[: self.n]
+        return pursue(x @ self.atoms.T, self.atoms, gram, k)
 
     def _reserve(self, capacity: int) -> None:
         self._atoms = _grown(self._atoms, capacity)

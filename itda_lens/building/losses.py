@@ -25,7 +25,7 @@ def relative(x: Float[Tensor, "b d"], x_hat: Float[Tensor, "b d"], bias: Float[T
     return ((x - x_hat).square().sum(-1) / scale).where(scale > 0, 0)
 
 
-def cosine(x: Float[Tensor, "b d"], x_hat: Float[Tensor, "b d"], bias: Float[Tensor, " d"]) -> Float[Tensor, " b"]:  # noqa: ARG001
+def cosine(x: Float[Tensor, "b d"], x_hat: Float[Tensor, "b d"], bias: Float[Tensor, " d"]) -> Float[Tensor, " b"]:
     """`1 - cos(x, x_hat)`, on raw activations."""
     return 1 - torch.nn.functional.cosine_similarity(x, x_hat, dim=-1)
 

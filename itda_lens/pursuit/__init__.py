@@ -5,20 +5,17 @@ from itda_lens.pursuit.codes import SparseCodes
 from itda_lens.pursuit.gradient import coefficients_on_path
 from itda_lens.pursuit.gram import GRAM_LIMIT_BYTES, GramCache, gram_fits, gram_matrix
 from itda_lens.pursuit.reference import matching_pursuit_reference
-from itda_lens.pursuit.solver import block_rows, computed_rows, pursue, stored_rows
+from itda_lens.pursuit.solver import pursue
 
 __all__ = [
     "GRAM_LIMIT_BYTES",
     "GramCache",
     "SparseCodes",
-    "block_rows",
     "check_unit_rows",
     "coefficients_on_path",
-    "computed_rows",
     "gram_fits",
     "gram_matrix",
     "matching_pursuit",
     "matching_pursuit_reference",
     "pursue",
-    "stored_rows",
 ]

@@ -7,7 +7,7 @@ from torch import Tensor
 from itda_lens.pursuit.codes import SparseCodes
 from itda_lens.pursuit.gradient import differentiable
 from itda_lens.pursuit.gram import gram_fits, gram_matrix
-from itda_lens.pursuit.solver import GramRows, block_rows, computed_rows, pursue, stored_rows
+from itda_lens.pursuit.solver import block_rows, pursue
 
 NORM_TOLERANCE = 2e-2
 """Atoms may be off unit length by this much: the rounding of bfloat16, with room."""
@@ -51,32 +51,32 @@ def matching_pursuit(
     _check(x, atoms, k, gram, tolerance)
     dtype = torch.promote_types(torch.promote_types(x.dtype, atoms.dtype), torch.float32)
     flat, work = x.reshape(-1, x.shape[-1]).to(dtype), atoms.to(dtype)
-    rows = _gram_rows(len(flat), work.detach(), k, gram)
+    gram = _gram_if_it_pays(len(flat), work, k) if gram is None else gram.to(work).contiguous()
 
     def solve() -> SparseCodes:
-        return _in_blocks(flat.detach(), work.detach(), rows, k, nonnegative, tolerance)
+        return _in_blocks(flat.detach(), work.detach(), gram, k, nonnegative, tolerance)
 
     values, indices = differentiable(flat, work, solve)
     return SparseCodes(values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k))
 
 
 @torch.no_grad()
-def _in_blocks(x: Tensor, atoms: Tensor, rows: GramRows, k: int, nonnegative: bool, tolerance: float) -> SparseCodes:
-    parts = [
-        pursue(block @ atoms.T, rows, k, nonnegative=nonnegative, energy=block.square().sum(-1), tolerance=tolerance)
-        for block in x.split(block_rows(len(atoms), x.device))
-    ]
+def _in_blocks(
+    x: Tensor, atoms: Tensor, gram: Tensor | None, k: int, nonnegative: bool, tolerance: float
+) -> SparseCodes:
+    parts = []
+    for block in x.split(block_rows(len(atoms), x.device)):
+        energy = block.square().sum(dim=-1)
+        parts.append(
+            pursue(block @ atoms.T, atoms, gram, k, nonnegative=nonnegative, energy=energy, tolerance=tolerance)
+        )
     return SparseCodes(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def _gram_rows(b: int, atoms: Tensor, k: int, gram: Tensor | None) -> GramRows:
-    n = len(atoms)
-    if gram is not None:
-        return stored_rows(gram.to(atoms))
+def _gram_if_it_pays(b: int, atoms: Tensor, k: int) -> Tensor | None:
     # The matrix costs n products with the atoms; computing rows costs one for each activation and step.
-    if gram_fits(n, atoms.element_size()) and n < b * k:
-        return stored_rows(gram_matrix(atoms))
-    return computed_rows(atoms)
+    n = len(atoms)
+    return gram_matrix(atoms) if n < b * k and gram_fits(n, atoms.element_size()) else None
 
 
 def _check(x: Tensor, atoms: Tensor, k: int, gram: Tensor | None, tolerance: float) -> None:

@@ -1,39 +1,26 @@
 """The hot loop: pursuit on correlations alone, which each step updates with one row of the Gram matrix."""
 
-from collections.abc import Callable
-
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from itda_lens.pursuit.codes import SparseCodes
+from itda_lens.pursuit.fused import pursue_fused
 
-GramRows = Callable[[Int64[Tensor, " b"]], Float[Tensor, "b n"]]
-"""The rows of the Gram matrix that belong to the given atoms."""
-
-# A block of correlations (4 MiB on a CPU) stays near the cores over all its steps.
-_BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**27}
+# A block of correlations (16 MiB on a CPU): large enough for its product to be fast, small enough for memory.
+_BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
 
 
 def block_rows(n: int, device: torch.device) -> int:
-    """How many activations are pursued together, so that a block stays in cache (on a GPU: in memory)."""
+    """How many activations are pursued together."""
     return max(16, _BLOCK_ELEMENTS.get(device.type, 2**24) // max(n, 1))
-
-
-def stored_rows(gram: Float[Tensor, "n n"]) -> GramRows:
-    """Rows read from a Gram matrix."""
-    return lambda indices: gram.index_select(0, indices)
-
-
-def computed_rows(atoms: Float[Tensor, "n d"]) -> GramRows:
-    """Rows computed from the atoms, for dictionaries whose Gram matrix does not fit."""
-    return lambda indices: atoms.index_select(0, indices) @ atoms.T
 
 
 @torch.no_grad()
 def pursue(
     correlations: Float[Tensor, "b n"],
-    rows: GramRows,
+    atoms: Float[Tensor, "n d"],
+    gram: Float[Tensor, "n capacity"] | None,
     k: int,
     *,
     nonnegative: bool = False,
@@ -48,13 +35,16 @@ def pursue(
 
     Args:
         correlations: inner products of each activation with each atom.
-        rows: where rows of the Gram matrix come from.
+        atoms: the dictionary, for rows of the Gram matrix that are not stored.
+        gram: the Gram matrix, perhaps with room on the right; rows are computed from the atoms without it.
         k: steps.
         nonnegative: choose among positive correlations alone, and stop when there is none.
         energy: squared norms of the activations; needed with `tolerance`.
         tolerance: relative residual norm at which a row stops; in float32 it resolves about 1e-3.
     """
-    b = correlations.shape[0]
+    if gram is not None and correlations.device.type == "cpu":
+        return pursue_fused(correlations, gram, k, nonnegative=nonnegative, energy=energy, tolerance=tolerance)
+    b, n = correlations.shape
     values = correlations.new_zeros(k, b)
     indices = torch.zeros(k, b, dtype=torch.int64, device=correlations.device)
     left = None if energy is None or tolerance == 0 else energy.clone()
@@ -75,5 +65,6 @@ def pursue(
             break
         values[step], indices[step] = value, chosen.masked_fill(stopped, 0)
         if step + 1 < k:
-            correlations.addcmul_(rows(chosen), value[:, None], value=-1)
+            rows = atoms[chosen] @ atoms.T if gram is None else gram[chosen, :n]
+            correlations.addcmul_(rows, value[:, None], value=-1)
     return SparseCodes(values.T.contiguous(), indices.T.contiguous())

@@ -1,0 +1,208 @@
+"""From a model and a dataset to one ITDA for each hook point, in one pass."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from itda_lens.building.builder import DictionaryBuilder
+from itda_lens.building.losses import LossName
+from itda_lens.provenance import tokenizer_digest
+from itda_lens.sae import ITDA
+from itda_lens.streams import HookedModel, activation_batches, canonical_hooks, load_text
+from itda_lens.streams.activations import forward
+from itda_lens.streams.datasets import AnyDataset
+
+
+@dataclass
+class BuildConfig:
+    """How dictionaries are built. Give `n_atoms` and `tokens`, or a `threshold`."""
+
+    k: int = 32
+    """L0: atoms for each activation."""
+    n_atoms: int | None = 4096
+    """Atoms wanted; with a threshold, where to stop."""
+    tokens: int | None = 1_000_000
+    """Budget: how many tokens of the stream are judged; about a hundredth of what an SAE is trained on."""
+    threshold: float | None = None
+    """Loss above which a token becomes an atom; if not given it moves by itself to meet n_atoms."""
+    loss: LossName = "relative"
+    """Loss of a reconstruction: relative, cosine or paper."""
+    center: bool = True
+    """Subtract the mean of the first tokens before pursuit."""
+    center_tokens: int = 2048
+    """How many tokens the mean is taken over."""
+    context_size: int = 128
+    """Tokens in a row."""
+    batch_size: int = 32
+    """Rows in a forward pass."""
+    prepend_bos: bool = True
+    """Whether each row begins with BOS."""
+    pack: bool = True
+    """Join documents and cut them (as SAELens does); otherwise one document is one row."""
+    exclude_special_tokens: bool = True
+    """Never take BOS, EOS or padding for an atom."""
+    hook_head_index: int | None = None
+    """Take this attention head alone, at hooks that have heads."""
+    seqpos_slice: tuple[int | None, ...] = (None,)
+    """Take only positions in this slice."""
+    column: str | None = None
+    """The dataset's column with the text, when it is not called text."""
+    dataset_name: str | None = None
+    """What the metadata calls the dataset; known by itself for names and files."""
+    device: str | None = None
+    """Where dictionaries are held while they are built; the model's device if not given."""
+    progress: bool = True
+    """Show a progress bar."""
+
+    def builder(self, d_in: int, **settings: Any) -> DictionaryBuilder:
+        """A builder of these settings for activations of one width."""
+        return DictionaryBuilder(
+            d_in,
+            self.k,
+            threshold=self.threshold,
+            n_atoms=self.n_atoms,
+            tokens=self.tokens,
+            loss=self.loss,
+            center=self.center,
+            center_tokens=self.center_tokens,
+            **settings,
+        )
+
+
+def build(
+    model: HookedModel,
+    dataset: AnyDataset | str | Path,
+    hook_names: str | Sequence[str],
+    config: BuildConfig | None = None,
+) -> dict[str, ITDA]:
+    """Build an ITDA for each hook point, from one pass of the model over the data.
+
+    Args:
+        model: a `HookedTransformer` or a `TransformerBridge`.
+        dataset: rows with a column `text`, `tokens` or `input_ids`; or a file, folder or name (see `load_text`).
+        hook_names: one or more hook points, such as `blocks.4.hook_resid_post`.
+        config: size, L0 and the shape of the stream.
+
+    Returns:
+        For each hook name an ITDA whose metadata SAELens's stores and evals understand.
+
+    Raises:
+        ValueError: bad settings, an unknown hook, an empty dataset or one without text; all before any long work.
+            Whatever ends a build later (an activation that is not finite, a lost connection, Ctrl-C) is raised
+            as it is, and its attribute `itdas` holds the dictionaries as far as they had come.
+
+    Example:
+        >>> from itda_lens import embedded
+        >>> hook = "blocks.2.hook_resid_post"
+        >>> config = BuildConfig(k=8, n_atoms=100, tokens=2000, progress=False)
+        >>> build(embedded.model(), embedded.dataset(), hook, config)[hook].cfg.d_sae
+        100
+    """
+    config = config or BuildConfig()
+    hooks = canonical_hooks(model, [hook_names] if isinstance(hook_names, str) else hook_names)
+    _check_stream(model, config)
+    device = config.device or str(model.cfg.device)
+    builders = {
+        hook: config.builder(width, tokenizer=model.tokenizer, device=device)
+        for hook, width in _widths(model, hooks, config).items()
+    }
+    data = load_text(dataset, column=config.column)
+    name = config.dataset_name or (str(dataset) if isinstance(dataset, str | Path) else None)
+    metadata = _metadata(model, data, name, config)
+    batches = activation_batches(
+        model,
+        data,
+        hooks,
+        context_size=config.context_size,
+        batch_size=config.batch_size,
+        prepend_bos=config.prepend_bos,
+        pack=config.pack,
+        exclude_special_tokens=config.exclude_special_tokens,
+        head_index=config.hook_head_index,
+        seqpos_slice=config.seqpos_slice,
+    )
+    try:
+        _consume(batches, builders, config)
+    except BaseException as e:
+        e.itdas = _finish(builders, hooks, metadata, [])  # type: ignore[attr-defined]
+        raise
+    failures: list[tuple[str, ValueError]] = []
+    itdas = _finish(builders, hooks, metadata, failures)
+    for hook, failure in failures:
+        error = ValueError(f"{hook}: {failure}")
+        error.itdas = itdas  # type: ignore[attr-defined]
+        raise error from failure
+    return itdas
+
+
+def _consume(batches: Iterable[Any], builders: dict[str, DictionaryBuilder], config: BuildConfig) -> None:
+    with tqdm(total=config.tokens, unit=" tokens", unit_scale=True, disable=not config.progress) as bar:
+        for tokens, mask, activations in batches:
+            stats = [builders[hook].update(x, tokens, mask) for hook, x in activations.items()]
+            bar.update(min(int(mask.sum()), (config.tokens or 2**62) - bar.n))
+            bar.set_postfix(atoms=sum(s.atoms for s in stats), loss=f"{stats[0].loss:.3f}", refresh=False)
+            if all(s.done for s in stats):
+                break
+
+
+def _finish(
+    builders: dict[str, DictionaryBuilder],
+    hooks: dict[str, str],
+    metadata: dict[str, Any],
+    failures: list[tuple[str, ValueError]],
+) -> dict[str, ITDA]:
+    itdas: dict[str, ITDA] = {}
+    for hook, builder in builders.items():
+        try:
+            itdas[hook] = builder.to_itda({**metadata, "hook_name": hooks[hook]})
+        except ValueError as e:
+            failures.append((hook, e))
+    return itdas
+
+
+def _check_stream(model: HookedModel, config: BuildConfig) -> None:
+    if not 2 <= config.context_size <= model.cfg.n_ctx:
+        raise ValueError(
+            f"context_size must be between 2 and the {model.cfg.n_ctx} positions of {model.cfg.model_name}, "
+            f"got {config.context_size}"
+        )
+    if config.batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {config.batch_size}")
+    if len(range(config.context_size)[slice(*config.seqpos_slice)]) == 0:
+        raise ValueError(f"seqpos_slice {config.seqpos_slice} leaves no position of {config.context_size}")
+
+
+def _widths(model: HookedModel, hooks: dict[str, str], config: BuildConfig) -> dict[str, int]:
+    probe = torch.zeros(1, 2, dtype=torch.int64)
+    try:
+        return {hook: x.shape[2] for hook, x in forward(model, probe, hooks, config.hook_head_index).items()}
+    except IndexError as e:
+        raise ValueError(
+            f"hook_head_index {config.hook_head_index} does not fit {list(hooks)}: the hooks must have heads, "
+            f"and {model.cfg.model_name} has {model.cfg.n_heads} of them"
+        ) from e
+
+
+def _metadata(model: HookedModel, data: Any, name: str | None, config: BuildConfig) -> dict[str, Any]:
+    info = getattr(data, "info", None)
+    return {
+        "model_name": model.cfg.model_name,
+        "model_class_name": type(model).__name__,
+        "model_normalization": model.cfg.normalization_type,
+        "hook_head_index": config.hook_head_index,
+        "prepend_bos": config.prepend_bos,
+        "context_size": config.context_size,
+        "pack": config.pack,
+        "dataset_path": name or getattr(info, "dataset_name", None),
+        "dataset_version": str(info.version) if getattr(info, "version", None) else None,
+        "dataset_fingerprint": getattr(data, "_fingerprint", None),
+        "tokenizer_digest": tokenizer_digest(model.tokenizer),
+        "seqpos_slice": list(config.seqpos_slice),
+        "exclude_special_tokens": config.exclude_special_tokens,
+        "versions": {p: version(p) for p in ("itda-lens", "sae-lens", "transformer-lens", "torch")},
+    }

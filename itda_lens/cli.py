@@ -1,0 +1,257 @@
+"""The command `itda-lens`. Each sub-command is a dataclass, whose fields are its options."""
+
+import contextlib
+import io
+import re
+import sys
+import time
+import warnings
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Protocol
+
+import pandas as pd
+import torch
+import transformers
+from datasets import Dataset
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from sae_lens import SAE
+from simple_parsing import ArgumentParser
+
+from itda_lens import embedded
+from itda_lens.building import BuildConfig, build
+from itda_lens.evals import evaluate, random_activations, random_directions
+from itda_lens.interpret import Explanation, explain
+from itda_lens.sae import ITDA
+from itda_lens.streams import HookedModel, load_model
+
+_EMBEDDED_MODEL = re.compile(r"(?:embedded(?::|$)|itda-embedded-seed)(\d*)$")
+_PROMPT_WIDTH = 56
+
+
+class Command(Protocol):
+    def run(self, console: Console) -> None: ...
+
+
+@dataclass
+class Quickstart:
+    """Build an ITDA on the embedded model, evaluate it, look at what its atoms mean, and save it. Needs no network."""
+
+    out: Path = Path("itda-quickstart")
+    """The folder for the SAELens files."""
+    hook: str = "blocks.3.hook_resid_post"
+    """The hook point."""
+    k: int = 8
+    """L0: atoms for each activation."""
+    n_atoms: int = 1024
+    """Atoms wanted."""
+    tokens: int = 60_000
+    """Budget: how many tokens are judged."""
+    prompt: str = "Return a list of the names in the current scope. If the optional argument is given,"
+    """The prompt to decompose; it is not in the training text."""
+
+    def run(self, console: Console) -> None:
+        model, train, heldout = _model("embedded"), embedded.dataset("train"), embedded.dataset("heldout")
+        console.print(
+            f"[b]1. Build[/b]  {self.n_atoms} atoms, L0 = {self.k}, at {self.hook} of the embedded model "
+            f"({model.cfg.n_layers} layers, d = {model.cfg.d_model}), from {self.tokens:,} tokens of Python's manual"
+        )
+        started = time.perf_counter()
+        config = BuildConfig(k=self.k, n_atoms=self.n_atoms, tokens=self.tokens, dataset_name="embedded")
+        itda = build(model, train, self.hook, config)[self.hook]
+        console.print(f"   built in {time.perf_counter() - started:.1f} s on {torch.get_num_threads()} CPU threads\n")
+        itda.save_model(self.out)
+
+        console.print("[b]2. Evaluate[/b]  SAELens's run_evals on held-out text, beside two baselines of the same size")
+        candidates: dict[str, SAE] = {
+            "ITDA": itda,
+            "random activations": random_activations(itda, model, train),
+            "random directions": random_directions(itda),
+        }
+        console.print(_metrics_table(evaluate(candidates, model, heldout)), "")
+
+        console.print(
+            "[b]3. Explain[/b]  what the activations of a prompt are made of; each atom is a «token» of a prompt"
+        )
+        positions = list(range(-3, 0))
+        for explanation in explain(itda, model, self.prompt, positions, n_terms=4):
+            console.print(_explanation_table(explanation))
+        console.print(
+            f"\n[b]4. Use it[/b]  saved to {self.out}; the few lines that load it and hook it into the model:\n"
+        )
+        console.print(escape(usage_lines(self.out)), highlight=False)
+
+
+def usage_lines(folder: Path) -> str:
+    """The Python that loads the quickstart's ITDA and runs the model with it."""
+    return f"""\
+import itda_lens                       # registers the architecture with SAELens
+from sae_lens import SAE
+
+model = itda_lens.embedded.model()     # any HookedSAETransformer
+itda = SAE.load_from_disk("{folder}")
+tokens = model.to_tokens("Return the number of items")
+logits = model.run_with_saes(tokens, saes=[itda])
+_, cache = model.run_with_cache_with_saes(tokens, saes=[itda])
+acts = cache[itda.cfg.metadata.hook_name + ".hook_sae_acts_post"]
+atom = int(acts[0, -1].abs().argmax())
+print(repr(itda.provenance.text(atom)))"""
+
+
+@dataclass(kw_only=True)
+class Build(BuildConfig):
+    """Build one ITDA for each hook point and write SAELens folders."""
+
+    model: str
+    """A TransformerLens model name, a local Hugging Face folder, or embedded (embedded:1, embedded:2)."""
+    dataset: str
+    """A dataset name, a text, JSON or Parquet file, a saved dataset, or embedded (embedded:heldout)."""
+    hooks: list[str]
+    """One or more hook points, such as blocks.4.hook_resid_post."""
+    out: Path
+    """The folder that gets one folder for each hook point."""
+    overwrite: bool = False
+    """Replace what is in the way."""
+
+    def run(self, console: Console) -> None:
+        taken = [folder for folder in map(self._folder, self.hooks) if (folder / "cfg.json").exists()]
+        if taken and not self.overwrite:
+            raise ValueError(f"{taken[0]} holds an SAE already: name another --out, or pass --overwrite")
+        model = _model(self.model)
+        config = BuildConfig(**{f.name: getattr(self, f.name) for f in fields(BuildConfig)})
+        config.dataset_name = config.dataset_name or self.dataset
+        try:
+            itdas = build(model, _dataset(self.dataset), self.hooks, config)
+        except BaseException as e:
+            for hook, itda in getattr(e, "itdas", {}).items():
+                folder = self._folder(hook).with_suffix(".partial")
+                itda.save_model(folder)
+                console.print(f"[red]the build ended early; its {itda.cfg.d_sae} atoms at {hook} are in {folder}[/red]")
+            raise
+        for hook, itda in itdas.items():
+            itda.save_model(self._folder(hook))
+            console.print(f"{itda.cfg.d_sae} atoms at {hook}: {self._folder(hook)}")
+
+    def _folder(self, hook: str) -> Path:
+        return self.out / hook
+
+
+@dataclass(kw_only=True)
+class Eval:
+    """Evaluate saved SAEs, ITDAs or others, side by side with SAELens's run_evals."""
+
+    saes: list[Path]
+    """Folders of saved SAEs."""
+    dataset: str
+    """Held-out text: as for build."""
+    model: str | None = None
+    """As for build; the one that the first SAE names if not given."""
+    built_on: str | None = None
+    """The dataset that the first one was built on: then random activations and directions are evaluated too."""
+    n_batches: int = 8
+    """Batches of tokens."""
+    batch_size: int = 16
+    """Rows in a batch."""
+    csv: Path | None = None
+    """Write the table to this file too."""
+
+    def run(self, console: Console) -> None:
+        saes = {str(folder): _load(folder) for folder in self.saes}
+        first = next(iter(saes.values()))
+        model = _model(self.model or first.cfg.metadata.model_name)
+        if self.built_on is not None:
+            if not isinstance(first, ITDA):
+                raise ValueError(f"{self.saes[0]} is no ITDA, so it was built on no stream: leave out --built_on")
+            saes["random activations"] = random_activations(first, model, _dataset(self.built_on))
+            saes["random directions"] = random_directions(first)
+        table = evaluate(saes, model, _dataset(self.dataset), n_batches=self.n_batches, batch_size=self.batch_size)
+        console.print(_metrics_table(table))
+        if self.csv is not None:
+            table.to_csv(self.csv)
+
+
+@dataclass(kw_only=True)
+class Explain:
+    """Decompose the activations of a prompt into atoms, and show the prompts that those come from."""
+
+    itda: Path
+    """The folder of a saved ITDA."""
+    prompt: str
+    """Any text."""
+    model: str | None = None
+    """As for build; the one that the ITDA names if not given."""
+    positions: list[int] = field(default_factory=lambda: [-1])
+    """Which tokens of the prompt, negative from the end."""
+    n_terms: int = 5
+    """How many atoms to name for each token."""
+
+    def run(self, console: Console) -> None:
+        itda = _load(self.itda)
+        if not isinstance(itda, ITDA):
+            raise ValueError(f"{self.itda} holds a {itda.cfg.architecture()!r} SAE, whose latents come from no prompt")
+        model = _model(self.model or itda.cfg.metadata.model_name)
+        for explanation in explain(itda, model, self.prompt, self.positions, self.n_terms):
+            console.print(_explanation_table(explanation))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; bad input ends with its message and exit status 2."""
+    parser = ArgumentParser(prog="itda-lens", description="Dictionaries of real activations for SAELens.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    kinds: dict[str, type] = {"quickstart": Quickstart, "build": Build, "eval": Eval, "explain": Explain}
+    for name, kind in kinds.items():
+        commands.add_parser(name, help=(kind.__doc__ or "").split(".")[0]).add_arguments(kind, dest="run")
+    command: Command = parser.parse_args(arguments).run
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="Dataset is not tokenized")
+    try:
+        command.run(Console(width=None if sys.stdout.isatty() else 120))
+    except (ValueError, RuntimeError, OSError) as e:
+        Console(stderr=True, soft_wrap=True).print(f"[red]itda-lens: error:[/red] {escape(str(e))}")
+        sys.exit(2)
+
+
+def _model(name: str | None) -> HookedModel:
+    if name is None:
+        raise ValueError("the SAE does not say which model it belongs to: pass --model")
+    with contextlib.redirect_stdout(io.StringIO()):  # TransformerLens prints what it loads
+        found = _EMBEDDED_MODEL.match(name)
+        return embedded.model(int(found[1] or 0)) if found else load_model(name)
+
+
+def _dataset(name: str) -> Dataset | str:
+    if name == "embedded" or name.startswith("embedded:"):
+        return embedded.dataset(name.partition(":")[2] or "train")  # type: ignore[arg-type]
+    return name
+
+
+def _load(folder: Path) -> SAE:
+    if not (folder / "cfg.json").is_file():
+        raise ValueError(f"{folder} holds no SAE: there is no cfg.json")
+    return SAE.load_from_disk(folder)
+
+
+def _metrics_table(metrics: pd.DataFrame) -> Table:
+    table = Table("", *metrics.columns)
+    for name, row in metrics.iterrows():
+        table.add_row(str(name), *(f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3f}" for value in row))
+    return table
+
+
+def _explanation_table(explanation: Explanation) -> Table:
+    title = f"{_visible(explanation.token)} at {explanation.position}, unexplained {explanation.relative_error:.0%}"
+    table = Table("coefficient", "atom", "its prompt", title=title, title_justify="left", width=100)
+    for term in explanation.terms:
+        before, token = _visible(term.before)[-_PROMPT_WIDTH:], _visible(term.token)
+        table.add_row(f"{term.coefficient:+.2f}", str(term.atom), f"{escape(before)}[b]«{escape(token)}»[/b]")
+    return table
+
+
+def _visible(text: str) -> str:
+    return re.sub(r" {2,}", " ", text.replace("\n", "↵"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+"""How well a dictionary does, beside others and beside chance."""
+
+from itda_lens.evals.baselines import random_activations, random_directions
+from itda_lens.evals.evaluate import evaluate
+
+__all__ = ["evaluate", "random_activations", "random_directions"]

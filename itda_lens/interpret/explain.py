@@ -1,0 +1,87 @@
+"""What an activation is made of, in prompts."""
+
+from typing import NamedTuple
+
+import torch
+
+from itda_lens.sae import ITDA
+from itda_lens.streams import HookedModel, canonical_hooks
+from itda_lens.streams.activations import forward
+
+
+class Term(NamedTuple):
+    """One atom's part in an activation."""
+
+    coefficient: float
+    atom: int
+    before: str
+    """The atom's prompt up to its token."""
+    token: str
+    """The atom's token."""
+
+
+class Explanation(NamedTuple):
+    """An activation as a sum of atoms, the largest first."""
+
+    position: int
+    token: str
+    terms: list[Term]
+    relative_error: float
+    """`|x - x_hat|^2 / |x - b|^2`."""
+
+
+def explain(
+    itda: ITDA, model: HookedModel, prompt: str, positions: list[int] | None = None, n_terms: int = 5
+) -> list[Explanation]:
+    """Decompose the activations of a prompt's tokens.
+
+    Args:
+        itda: a dictionary with provenance.
+        model: the model that it belongs to.
+        prompt: any text; BOS is prepended as the dictionary's metadata says.
+        positions: which tokens of the prompt, counted with BOS; negative from the end; the last one if not given.
+        n_terms: how many atoms to name for each.
+
+    Raises:
+        ValueError: the prompt is empty or too long, a position is not in it, or the dictionary has no prompts.
+
+    Example:
+        >>> from itda_lens import BuildConfig, build, embedded
+        >>> model, hook = embedded.model(), "blocks.2.hook_resid_post"
+        >>> config = BuildConfig(k=8, n_atoms=100, tokens=2000, progress=False)
+        >>> itda = build(model, embedded.dataset(), hook, config)[hook]
+        >>> [explanation] = explain(itda, model, "Return the number of items")
+        >>> explanation.token, len(explanation.terms)
+        (' items', 5)
+    """
+    if itda.provenance is None or "text" not in itda.provenance.kinds:
+        raise ValueError("this dictionary's atoms have no prompts: build it with a tokenizer")
+    metadata = itda.cfg.metadata
+    hooks = canonical_hooks(model, [metadata.hook_name])
+    tokens = model.to_tokens(prompt, prepend_bos=bool(metadata.prepend_bos), truncate=False)
+    length = tokens.shape[1]
+    if not prompt or length > model.cfg.n_ctx:
+        raise ValueError(f"the prompt has {length} tokens, and {metadata.model_name} takes 1 to {model.cfg.n_ctx}")
+    places = [-1] if positions is None else positions
+    for place in places:
+        if not -length <= place < length:
+            raise ValueError(f"position {place} is not among the {length} tokens of the prompt")
+    x = forward(model, tokens, hooks, metadata.hook_head_index)[metadata.hook_name][0][places].to(itda.device)
+    with torch.no_grad():
+        if itda.hook_z_reshaping_mode:
+            x = x.unflatten(-1, (-1, model.cfg.d_head))
+        codes = itda.encode_sparse(x).merge()
+        x_hat = itda.decode(codes.to_dense(itda.cfg.d_sae).to(itda.dtype))
+        bias = itda.reshape_fn_out(itda.b_dec * itda.cfg.apply_b_dec_to_input, itda.d_head)
+        error = (x - x_hat).flatten(1).square().sum(-1) / (x - bias).flatten(1).square().sum(-1)
+    explanations = []
+    for i, place in enumerate(places):
+        order = codes.values[i].abs().argsort(descending=True)[:n_terms].tolist()
+        terms = [
+            Term(float(codes.values[i, j]), atom, *itda.provenance.prompt(atom))
+            for j in order
+            if codes.values[i, j] != 0 and (atom := int(codes.indices[i, j])) >= 0
+        ]
+        token = model.to_string(tokens[0, place : place + 1 or None])
+        explanations.append(Explanation(place % length, str(token), terms, float(error[i])))
+    return explanations

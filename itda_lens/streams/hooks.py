@@ -1,0 +1,35 @@
+"""Hook points of a model, checked before any work."""
+
+import difflib
+from collections.abc import Sequence
+
+from transformer_lens.model_bridge import TransformerBridge
+
+from itda_lens.streams.models import HookedModel
+
+
+def canonical_hooks(model: HookedModel, hook_names: Sequence[str]) -> dict[str, str]:
+    """Each hook name with the name under which the model itself holds it (they differ for a bridge's aliases).
+
+    Raises:
+        ValueError: no name is given, one is given twice, or the model has no such hook (with the nearest names).
+    """
+    if not hook_names:
+        raise ValueError("hook_names is empty: name at least one hook point, such as 'blocks.0.hook_resid_post'")
+    aliases: dict[str, str] = {}
+    if isinstance(model, TransformerBridge):
+        found = {**model.hook_aliases, **model._collect_hook_aliases_from_registry()}
+        aliases = {alias: name for alias, name in found.items() if isinstance(name, str)}
+    known = {*model.hook_dict, *aliases}
+    names: dict[str, str] = {}
+    for hook in hook_names:
+        if hook not in known:
+            near = difflib.get_close_matches(hook, sorted(known), n=3, cutoff=0.5)
+            raise ValueError(
+                f"{model.cfg.model_name} has no hook point {hook!r}. "
+                + (f"Near it: {', '.join(near)}" if near else "model.hook_dict lists what it has")
+            )
+        if hook in names or aliases.get(hook, hook) in names.values():
+            raise ValueError(f"the hook point {hook!r} is named twice")
+        names[hook] = aliases.get(hook, hook)
+    return names

@@ -1,0 +1,58 @@
+"""Language models by name or folder, with hooks."""
+
+import os
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from sae_lens import HookedSAETransformer
+from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+from transformer_lens import HookedTransformer
+from transformer_lens.loading_from_pretrained import OFFICIAL_MODEL_NAMES
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+HookedModel: TypeAlias = HookedTransformer | TransformerBridge
+
+
+def load_model(name: str, *, device: str = "cpu") -> HookedSAETransformer | SAETransformerBridge:
+    """A model to which SAEs can be attached, with unprocessed weights.
+
+    Args:
+        name: a TransformerLens model name, or a local Hugging Face folder. A folder whose architecture
+            `HookedTransformer` does not know is loaded as a bridge.
+        device: where the weights go.
+
+    Raises:
+        ValueError: neither a folder with a `config.json` nor a name that TransformerLens knows.
+    """
+    if (Path(name) / "config.json").is_file():
+        try:
+            return hooked_model_from_folder(name, device=device)
+        except NotImplementedError:
+            return SAETransformerBridge.boot_transformers(name, device=device)
+    if Path(name).exists() or name.startswith((".", "/", "~")):
+        raise ValueError(f"{name} is no Hugging Face model folder: it has no config.json")
+    return HookedSAETransformer.from_pretrained_no_processing(name, device=device)
+
+
+def hooked_model_from_folder(
+    folder: str | os.PathLike[str], *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> HookedSAETransformer:
+    """A `HookedSAETransformer` of a local Hugging Face folder, with unprocessed weights."""
+    path = str(folder)
+    hf_model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    # TransformerLens reads the configuration of a folder, but only of one that its list of names holds.
+    listed = path in OFFICIAL_MODEL_NAMES
+    if not listed:
+        OFFICIAL_MODEL_NAMES.append(path)
+    try:
+        model = HookedSAETransformer.from_pretrained_no_processing(
+            path, hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=dtype
+        )
+    finally:
+        if not listed:
+            OFFICIAL_MODEL_NAMES.remove(path)
+    assert isinstance(model, HookedSAETransformer)
+    return model
