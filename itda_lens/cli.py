@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from sae_lens import SAE
-from simple_parsing import ArgumentParser
+from simple_parsing import ArgumentParser, DashVariant
 
 from itda_lens import embedded
 from itda_lens.building import BuildConfig, build
@@ -163,7 +163,7 @@ class Eval:
         model = _model(self.model or first.cfg.metadata.model_name)
         if self.built_on is not None:
             if not isinstance(first, ITDA):
-                raise ValueError(f"{self.saes[0]} is no ITDA, so it was built on no stream: leave out --built_on")
+                raise ValueError(f"{self.saes[0]} is no ITDA, so it was built on no stream: leave out --built-on")
             saes["random activations"] = random_activations(first, model, _dataset(self.built_on))
             saes["random directions"] = random_directions(first)
         table = evaluate(saes, model, _dataset(self.dataset), n_batches=self.n_batches, batch_size=self.batch_size)
@@ -198,7 +198,11 @@ class Explain:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; bad input ends with its message and exit status 2."""
-    parser = ArgumentParser(prog="itda-lens", description="Dictionaries of real activations for SAELens.")
+    parser = ArgumentParser(
+        prog="itda-lens",
+        description="Dictionaries of real activations for SAELens.",
+        add_option_string_dash_variants=DashVariant.DASH,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     kinds: dict[str, type] = {"quickstart": Quickstart, "build": Build, "eval": Eval, "explain": Explain}
     for name, kind in kinds.items():

@@ -144,7 +144,8 @@ class DictionaryBuilder:
                 "as they are: build on normalised activations from the start"
             )
         builder = DictionaryBuilder(itda.cfg.d_in, k or itda.cfg.k, **{"device": itda.device, **settings})
-        prov = itda.provenance or Provenance(*torch.full((2, itda.cfg.d_sae), -1).unbind())
+        nowhere = torch.full((itda.cfg.d_sae,), -1)
+        prov = itda.provenance or Provenance(nowhere, nowhere)
         tokenizer = builder.tokenizer
         if tokenizer is not None and prov.tokenizer_digest not in (None, tokenizer_digest(tokenizer)):
             raise ValueError("the dictionary was built with another tokenizer, so its tokens mean something else")

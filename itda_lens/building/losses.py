@@ -52,6 +52,6 @@ def check_threshold(threshold: float, loss: LossName, d_in: int, centered: bool)
     upper = LOSSES[loss].upper(d_in, centered)
     if not 0 <= threshold < upper:
         raise ValueError(
-            f"threshold {threshold} can't be reached: the {loss!r} loss of width {d_in} lies between 0 and {upper:.6g}, "
-            f"and a token becomes an atom above the threshold. Choose one in [0, {upper:.6g})"
+            f"threshold {threshold} can't be reached: the {loss!r} loss of width {d_in} lies between 0 and "
+            f"{upper:.6g}, and a token becomes an atom above the threshold. Choose one in [0, {upper:.6g})"
         )

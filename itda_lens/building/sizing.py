@@ -99,6 +99,7 @@ class RisingThreshold(Sizing):
 
     def __init__(self, n_atoms: int, tokens: int):
         self.threshold, self.n_atoms, self.tokens = 0.0, n_atoms, tokens
+        self._wanted, self._budget = n_atoms, tokens
         self.interval = max(1, min(tokens // 50, n_atoms // 4))
         self.history: list[tuple[int, float, int]] = []
 
@@ -106,13 +107,13 @@ class RisingThreshold(Sizing):
         return False
 
     def tokens_to_next_step(self, judged: int) -> int:
-        return min(self.interval - judged % self.interval, self.tokens - judged)
+        return min(self.interval - judged % self.interval, self._budget - judged)
 
     def step(self, judged: int, admission: Float64[Tensor, " n"]) -> Int64[Tensor, " m"] | None:
-        if judged % self.interval and judged < self.tokens:
+        if judged % self.interval and judged < self._budget:
             return None
-        surplus = len(admission) - self.n_atoms
-        if surplus <= (0 if judged >= self.tokens else self.n_atoms // self._SLACK):
+        surplus = len(admission) - self._wanted
+        if surplus <= (0 if judged >= self._budget else self._wanted // self._SLACK):
             return None
         keep = self.best(admission)
         dropped = torch.ones(len(admission), dtype=torch.bool)

@@ -85,7 +85,7 @@ def train(seed: int, folder: Path, tokenizer: PreTrainedTokenizerFast, steps: in
         GPT2Config(
             vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=D_MODEL, n_layer=N_LAYERS, n_head=N_HEADS,
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=separator, eos_token_id=separator,
-            n_ctx=CONTEXT,
+            n_ctx=CONTEXT,  # pyright: ignore[reportCallIssue]  (TransformerLens reads it)
         )
     )  # fmt: skip
     decayed = [p for p in model.parameters() if p.ndim >= 2]
@@ -109,9 +109,9 @@ def train(seed: int, folder: Path, tokenizer: PreTrainedTokenizerFast, steps: in
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % 250 == 0:
             print(f"seed {seed} step {step + 1} loss {loss.item():.3f} {time.time() - started:.0f} s", flush=True)
-    model = model.to(torch.float16)
+    model = model.to(torch.float16)  # pyright: ignore[reportArgumentType]
     model.save_pretrained(folder)
-    loss = heldout_loss(GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval(), heldout, separator)
+    loss = heldout_loss(model.float(), heldout, separator)
     record = {"seed": seed, "steps": steps, "tokens": steps * BATCH * CONTEXT, "heldout_loss": round(loss, 4)}
     (folder / "train.json").write_text(json.dumps(record) + "\n")
     print(record, flush=True)

@@ -1,6 +1,7 @@
 """What a dictionary must beat: atoms taken at random."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from sae_lens.saes.sae import SAEMetadata
@@ -36,7 +37,7 @@ def random_activations(
     Raises:
         ValueError: the metadata does not say how the stream was cut, or the stream is too short.
     """
-    metadata, n = itda.cfg.metadata, itda.cfg.d_sae
+    n, metadata = itda.cfg.d_sae, cast(Any, itda.cfg.metadata)
     record = metadata.itda_build
     if record is None:
         raise ValueError("this ITDA was not made by build(), so its metadata does not say how the stream was cut")

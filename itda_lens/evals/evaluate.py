@@ -74,7 +74,7 @@ def _measure(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Dataset is not tokenized")
         store = ActivationsStore.from_sae(
-            model,
+            model,  # pyright: ignore[reportArgumentType]  (SAELens takes bridges too)
             sae,
             data,
             store_batch_size_prompts=batch_size,
@@ -93,7 +93,12 @@ def _measure(
     )
     started = time.perf_counter()
     metrics, by_latent = run_evals(
-        sae, store, model, ActivationScaler(), config, exclude_special_tokens=exclude_special_tokens
+        sae,
+        store,
+        model,  # pyright: ignore[reportArgumentType]
+        ActivationScaler(),
+        config,
+        exclude_special_tokens=exclude_special_tokens,
     )
     seconds = time.perf_counter() - started
     row = {column: metrics[group][name] for column, (group, name) in _COLUMNS.items()}

@@ -1,6 +1,6 @@
 """What an activation is made of, in prompts."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -56,7 +56,7 @@ def explain(
     """
     if itda.provenance is None or "text" not in itda.provenance.kinds:
         raise ValueError("this dictionary's atoms have no prompts: build it with a tokenizer")
-    metadata = itda.cfg.metadata
+    metadata: Any = itda.cfg.metadata
     hooks = canonical_hooks(model, [metadata.hook_name])
     tokens = model.to_tokens(prompt, prepend_bos=bool(metadata.prepend_bos), truncate=False)
     length = tokens.shape[1]

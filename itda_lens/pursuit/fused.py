@@ -4,6 +4,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import numba
 import numpy as np
@@ -35,16 +36,16 @@ def pursue_fused(
     broken = correlations.sum(dim=-1).isfinite().logical_not()
     if broken.any():
         correlations[broken] = 0
-    left = torch.full((b,), torch.inf, dtype=torch.float64) if energy is None else energy.double()
+    left = torch.full((b,), torch.inf, dtype=torch.float64) if energy is None else energy.to(torch.float64, copy=True)
     floor = tolerance**2 * left if tolerance > 0 else torch.full_like(left, -torch.inf)
-    arrays = [t.numpy() for t in (correlations, gram, values, indices, left, floor)]  # views, not copies
+    arrays = tuple(t.numpy() for t in (correlations, gram, values, indices, left, floor))  # views, not copies
+    pursue_rows: Any = _pursue_rows
     workers = max(1, min(torch.get_num_threads(), b))
     bounds = [b * i // workers for i in range(workers + 1)]
     jobs = [
-        _threads(workers).submit(_pursue_rows, *arrays, nonnegative, start, stop)
-        for start, stop in pairwise(bounds[1:])
+        _threads(workers).submit(pursue_rows, *arrays, nonnegative, start, stop) for start, stop in pairwise(bounds[1:])
     ]
-    _pursue_rows(*arrays, nonnegative, bounds[0], bounds[1])
+    pursue_rows(*arrays, nonnegative, bounds[0], bounds[1])
     for job in jobs:
         job.result()
     values[broken, 0] = torch.nan

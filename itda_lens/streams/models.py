@@ -8,8 +8,8 @@ import torch
 from sae_lens import HookedSAETransformer
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from transformer_lens import HookedTransformer
-from transformer_lens.loading_from_pretrained import OFFICIAL_MODEL_NAMES
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HookedModel: TypeAlias = HookedTransformer | TransformerBridge

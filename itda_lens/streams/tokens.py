@@ -3,6 +3,7 @@
 import itertools
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -55,7 +56,7 @@ def _packed_rows(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Dataset is not tokenized")
         store = ActivationsStore.from_config_multi_hook(
-            model,
+            model,  # pyright: ignore[reportArgumentType]  (SAELens takes bridges too)
             dataset=dataset,
             hook_names=["unused"],
             hook_d_ins={"unused": 1},
@@ -68,6 +69,7 @@ def _packed_rows(
 
 
 def _documents(model: HookedModel, dataset: Dataset | IterableDataset) -> Iterator[Tensor]:
+    document: Any
     for document in dataset:
         column = next(name for name in (*TOKEN_COLUMNS, *TEXT_COLUMNS) if name in document)
         content = document[column]
