@@ -1,14 +1,12 @@
 """The command `itda-lens`. Each sub-command is a dataclass, whose fields are its options."""
 
-import contextlib
-import io
 import re
 import sys
 import time
 import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pandas as pd
 import torch
@@ -198,15 +196,13 @@ class Explain:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; bad input ends with its message and exit status 2."""
-    parser = ArgumentParser(
-        prog="itda-lens",
-        description="Dictionaries of real activations for SAELens.",
-        add_option_string_dash_variants=DashVariant.DASH,
-    )
+    parser = ArgumentParser(prog="itda-lens", description="Dictionaries of real activations for SAELens.")
     commands = parser.add_subparsers(dest="command", required=True)
     kinds: dict[str, type] = {"quickstart": Quickstart, "build": Build, "eval": Eval, "explain": Explain}
     for name, kind in kinds.items():
-        commands.add_parser(name, help=(kind.__doc__ or "").split(".")[0]).add_arguments(kind, dest="run")
+        summary = (kind.__doc__ or "").split(".")[0]
+        dashes: dict[str, Any] = {"add_option_string_dash_variants": DashVariant.DASH}
+        commands.add_parser(name, help=summary, **dashes).add_arguments(kind, dest="run")
     command: Command = parser.parse_args(arguments).run
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="Dataset is not tokenized")
@@ -220,9 +216,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _model(name: str | None) -> HookedModel:
     if name is None:
         raise ValueError("the SAE does not say which model it belongs to: pass --model")
-    with contextlib.redirect_stdout(io.StringIO()):  # TransformerLens prints what it loads
-        found = _EMBEDDED_MODEL.match(name)
-        return embedded.model(int(found[1] or 0)) if found else load_model(name)
+    found = _EMBEDDED_MODEL.match(name)
+    return embedded.model(int(found[1] or 0)) if found else load_model(name)
 
 
 def _dataset(name: str) -> Dataset | str:

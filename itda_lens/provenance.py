@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import safetensors.torch
@@ -17,6 +17,7 @@ from torch import Tensor
 IdentityKind = Literal["text", "tokens", "position"]
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """The one method of a tokenizer that provenance needs: `transformers` tokenizers have it."""
 

@@ -89,7 +89,7 @@ class ITDA(SAE[ITDAConfig]):
         atoms: Float[Tensor, "n d"],
         k: int,
         *,
-        bias: Float[Tensor, " d"] | None = None,
+        bias: Float[Tensor, " _"] | None = None,
         provenance: Provenance | None = None,
         metadata: SAEMetadata | dict[str, Any] | None = None,
         **cfg: Any,

@@ -172,8 +172,8 @@ class DictionaryBuilder:
     def update(
         self,
         activations: Float[Tensor, "b s *d"],
-        tokens: Int[Tensor, "b s"] | None = None,
-        mask: Bool[Tensor, "b s"] | None = None,
+        tokens: Int[Tensor, "_ _"] | None = None,
+        mask: Bool[Tensor, "_ _"] | None = None,
     ) -> BuildStats:
         """Judge the next sequences of the stream.
 

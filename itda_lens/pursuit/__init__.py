@@ -2,6 +2,7 @@
 
 from itda_lens.pursuit.api import check_unit_rows, matching_pursuit
 from itda_lens.pursuit.codes import SparseCodes
+from itda_lens.pursuit.eager import pursue_eager
 from itda_lens.pursuit.gradient import coefficients_on_path
 from itda_lens.pursuit.gram import GRAM_LIMIT_BYTES, GramCache, gram_fits, gram_matrix
 from itda_lens.pursuit.reference import matching_pursuit_reference
@@ -18,4 +19,5 @@ __all__ = [
     "matching_pursuit",
     "matching_pursuit_reference",
     "pursue",
+    "pursue_eager",
 ]

@@ -15,10 +15,10 @@ NORM_TOLERANCE = 2e-2
 
 def matching_pursuit(
     x: Float[Tensor, "*batch d"],
-    atoms: Float[Tensor, "n d"],
+    atoms: Float[Tensor, "n _"],
     k: int,
     *,
-    gram: Float[Tensor, "n n"] | None = None,
+    gram: Float[Tensor, "_ _"] | None = None,
     nonnegative: bool = False,
     tolerance: float = 0.0,
 ) -> SparseCodes:

@@ -1,10 +1,11 @@
-"""The hot loop: pursuit on correlations alone, which each step updates with one row of the Gram matrix."""
+"""Pursuit on correlations alone, which each step updates with one row of the Gram matrix."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from itda_lens.pursuit.codes import SparseCodes
+from itda_lens.pursuit.eager import pursue_eager
 from itda_lens.pursuit.fused import pursue_fused
 
 # A block of correlations (16 MiB on a CPU): large enough for its product to be fast, small enough for memory.
@@ -16,7 +17,6 @@ def block_rows(n: int, device: torch.device) -> int:
     return max(16, _BLOCK_ELEMENTS.get(device.type, 2**24) // max(n, 1))
 
 
-@torch.no_grad()
 def pursue(
     correlations: Float[Tensor, "b n"],
     atoms: Float[Tensor, "n d"],
@@ -44,27 +44,4 @@ def pursue(
     """
     if gram is not None and correlations.device.type == "cpu":
         return pursue_fused(correlations, gram, k, nonnegative=nonnegative, energy=energy, tolerance=tolerance)
-    b, n = correlations.shape
-    values = correlations.new_zeros(k, b)
-    indices = torch.zeros(k, b, dtype=torch.int64, device=correlations.device)
-    left = None if energy is None or tolerance == 0 else energy.clone()
-    floor = None if left is None else tolerance**2 * left
-    magnitude = correlations if nonnegative else torch.empty_like(correlations)
-    for step in range(k):
-        if not nonnegative:
-            torch.abs(correlations, out=magnitude)
-        chosen = magnitude.argmax(dim=-1)
-        value = correlations.gather(-1, chosen[:, None])[:, 0]
-        if nonnegative:
-            value = value.clamp(min=0)
-        if left is not None and floor is not None:
-            value = value.masked_fill(left <= floor, 0)
-            left -= value.square()
-        stopped = value == 0
-        if stopped.all():
-            break
-        values[step], indices[step] = value, chosen.masked_fill(stopped, 0)
-        if step + 1 < k:
-            rows = atoms[chosen] @ atoms.T if gram is None else gram[chosen, :n]
-            correlations.addcmul_(rows, value[:, None], value=-1)
-    return SparseCodes(values.T.contiguous(), indices.T.contiguous())
+    return pursue_eager(correlations, atoms, gram, k, nonnegative=nonnegative, energy=energy, tolerance=tolerance)

@@ -1,5 +1,6 @@
 """Text from anywhere: a dataset object, a local file, a saved dataset or a name on the hub."""
 
+import re
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
@@ -56,7 +57,8 @@ def _open(source: AnyDataset | str | Path, split: str, streaming: bool) -> AnyDa
         return load_from_disk(str(path))
     if path.is_file():
         if path.suffix in (".txt", ".md"):
-            return Dataset.from_text(str(path), sample_by="paragraph")  # type: ignore[return-value]
+            paragraphs = re.split(r"\n\s*\n", path.read_text(encoding="utf8"))
+            return Dataset.from_dict({"text": [text for text in paragraphs if text.strip()]})
         if path.suffix in (".json", ".jsonl"):
             return Dataset.from_json(str(path))  # type: ignore[return-value]
         if path.suffix == ".parquet":

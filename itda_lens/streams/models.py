@@ -1,5 +1,9 @@
 """Language models by name or folder, with hooks."""
 
+import contextlib
+import difflib
+import io
+import itertools
 import os
 from pathlib import Path
 from typing import TypeAlias
@@ -8,8 +12,9 @@ import torch
 from sae_lens import HookedSAETransformer
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from transformer_lens import HookedTransformer
+from transformer_lens.loading_from_pretrained import get_official_model_name
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.supported_models import OFFICIAL_MODEL_NAMES
+from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HookedModel: TypeAlias = HookedTransformer | TransformerBridge
@@ -33,7 +38,16 @@ def load_model(name: str, *, device: str = "cpu") -> HookedSAETransformer | SAET
             return SAETransformerBridge.boot_transformers(name, device=device)
     if Path(name).exists() or name.startswith((".", "/", "~")):
         raise ValueError(f"{name} is no Hugging Face model folder: it has no config.json")
-    return HookedSAETransformer.from_pretrained_no_processing(name, device=device)
+    try:
+        get_official_model_name(name)
+    except ValueError:
+        near = difflib.get_close_matches(name, [*OFFICIAL_MODEL_NAMES, *itertools.chain(*MODEL_ALIASES.values())])
+        raise ValueError(
+            f"{name!r} is neither a model that TransformerLens knows nor a local Hugging Face folder."
+            + (f" Near it: {', '.join(near)}" if near else "")
+        ) from None
+    with _silence():
+        return HookedSAETransformer.from_pretrained_no_processing(name, device=device)
 
 
 def hooked_model_from_folder(
@@ -48,11 +62,17 @@ def hooked_model_from_folder(
     if not listed:
         OFFICIAL_MODEL_NAMES.append(path)
     try:
-        model = HookedSAETransformer.from_pretrained_no_processing(
-            path, hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=dtype
-        )
+        with _silence():
+            model = HookedSAETransformer.from_pretrained_no_processing(
+                path, hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=dtype
+            )
     finally:
         if not listed:
             OFFICIAL_MODEL_NAMES.remove(path)
     assert isinstance(model, HookedSAETransformer)
     return model
+
+
+def _silence() -> contextlib.redirect_stdout[io.StringIO]:
+    # TransformerLens prints the name of what it has loaded.
+    return contextlib.redirect_stdout(io.StringIO())

@@ -1,0 +1,45 @@
+"""The hot loop for any device, in plain torch; and the one that needs no Gram matrix."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from itda_lens.pursuit.codes import SparseCodes
+
+
+@torch.no_grad()
+def pursue_eager(
+    correlations: Float[Tensor, "b n"],
+    atoms: Float[Tensor, "n d"],
+    gram: Float[Tensor, "n capacity"] | None,
+    k: int,
+    *,
+    nonnegative: bool = False,
+    energy: Float[Tensor, " b"] | None = None,
+    tolerance: float = 0.0,
+) -> SparseCodes:
+    """What `pursue` computes, one step of all rows at a time. Overwrites `correlations`."""
+    b, n = correlations.shape
+    values = correlations.new_zeros(k, b)
+    indices = torch.zeros(k, b, dtype=torch.int64, device=correlations.device)
+    left = None if energy is None or tolerance == 0 else energy.clone()
+    floor = None if left is None else tolerance**2 * left
+    magnitude = correlations if nonnegative else torch.empty_like(correlations)
+    for step in range(k):
+        if not nonnegative:
+            torch.abs(correlations, out=magnitude)
+        chosen = magnitude.argmax(dim=-1)
+        value = correlations.gather(-1, chosen[:, None])[:, 0]
+        if nonnegative:
+            value = value.clamp(min=0)
+        if left is not None and floor is not None:
+            value = value.masked_fill(left <= floor, 0)
+            left -= value.square()
+        stopped = value == 0
+        if stopped.all():
+            break
+        values[step], indices[step] = value, chosen.masked_fill(stopped, 0)
+        if step + 1 < k:
+            rows = atoms[chosen] @ atoms.T if gram is None else gram[chosen, :n]
+            correlations.addcmul_(rows, value[:, None], value=-1)
+    return SparseCodes(values.T.contiguous(), indices.T.contiguous())

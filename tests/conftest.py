@@ -1,0 +1,41 @@
+"""Shape annotations are checked while the tests run; nothing here may reach the network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from jaxtyping import install_import_hook
+
+ROOT = Path(find_spec("itda_lens").origin).parent
+MODULES = [".".join(path.relative_to(ROOT.parent).with_suffix("").parts) for path in ROOT.rglob("*.py")]
+# Packages re-export by name and hold no functions; compiled functions take no annotations.
+CHECKED = [name for name in MODULES if not name.endswith(("__init__", "pursuit.kernel"))]
+install_import_hook(CHECKED, "beartype.beartype")
+
+import pytest
+import torch
+from sae_lens import HookedSAETransformer
+
+from itda_lens import ITDA, BuildConfig, build, embedded
+
+HOOK = "blocks.3.hook_resid_post"
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def model() -> HookedSAETransformer:
+    return embedded.model(0)
+
+
+@pytest.fixture(scope="session")
+def built(model: HookedSAETransformer) -> ITDA:
+    """A small dictionary of real activations; tests must not change it."""
+    config = BuildConfig(k=8, n_atoms=256, tokens=6000, dataset_name="embedded", progress=False)
+    return build(model, embedded.dataset("train"), HOOK, config)[HOOK]
