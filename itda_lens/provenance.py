@@ -40,8 +40,8 @@ class Provenance:
     """
 
     row: Int64[Tensor, " n"]
-    position: Int64[Tensor, " n"]
-    sequences: Mapping[int, Int64[Tensor, " length"]] = field(default_factory=dict)
+    position: Int64[Tensor, " _"]
+    sequences: Mapping[int, Int64[Tensor, " _"]] = field(default_factory=dict)
     """The tokens of each row that has an atom, at least up to its last one; empty without tokens."""
     prompts: tuple[tuple[str, str], ...] = ()
     """For each atom the text before its token and the text of its token, special tokens left out; or nothing."""
@@ -65,7 +65,7 @@ class Provenance:
     def from_tokens(
         row: Int64[Tensor, " n"],
         position: Int64[Tensor, " n"],
-        sequences: Mapping[int, Int64[Tensor, " length"]],
+        sequences: Mapping[int, Int64[Tensor, " _"]],
         tokenizer: Tokenizer | None = None,
     ) -> "Provenance":
         """The provenance of atoms in known sequences, with their texts where there is a tokenizer."""

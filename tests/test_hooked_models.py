@@ -14,7 +14,7 @@ from itda_lens import ITDA, BuildConfig, build, embedded
 
 RESID, HEADS = "blocks.3.hook_resid_post", "blocks.2.attn.hook_z"
 BRIDGE_NAMES = {RESID: "blocks.3.hook_out", HEADS: "blocks.2.attn.o.hook_in"}
-CONFIG = BuildConfig(k=8, n_atoms=128, tokens=2000, context_size=64, progress=False)
+CONFIG = BuildConfig(k=8, n_atoms=64, tokens=1000, context_size=64, progress=False)
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
@@ -23,9 +23,10 @@ def model():
     return embedded.model(0)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def bridge():
-    return SAETransformerBridge.boot_transformers(str(embedded.path(0)), device="cpu")
+    """A new one for each test: where an SAE was attached once, `run_with_hooks` of a bridge does nothing any more."""
+    return boot()
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +35,8 @@ def built(model):
 
 
 @pytest.fixture(scope="module")
-def built_on_bridge(bridge):
-    return build(bridge, embedded.dataset("train"), [RESID, HEADS], CONFIG)
+def built_on_bridge():
+    return build(boot(), embedded.dataset("train"), [RESID, HEADS], CONFIG)
 
 
 @pytest.fixture
@@ -63,6 +64,10 @@ def hooked(request, itda):
     if request.param == "model":
         return request.getfixturevalue("model"), itda
     return request.getfixturevalue("bridge"), renamed(itda, BRIDGE_NAMES[RESID])
+
+
+def boot() -> SAETransformerBridge:
+    return SAETransformerBridge.boot_transformers(str(embedded.path(0)), device="cpu")
 
 
 def renamed(itda: ITDA, hook_name: str) -> ITDA:
@@ -186,12 +191,12 @@ def test_gradients_flow_to_the_coefficients_and_through_them(hooked, tokens):
         value.retain_grad()
         held[hook.name] = value
 
-    acts, output = f"{name}.hook_sae_acts_post", f"{name}.hook_sae_output"
-    with model.saes(saes=itda), model.hooks(fwd_hooks=[(at, hold) for at in ("hook_embed", acts, output)]):
+    start, acts, output = (f"{name}.hook_sae_{point}" for point in ("input", "acts_post", "output"))
+    with model.saes(saes=itda), model.hooks(fwd_hooks=[(point, hold) for point in (start, acts, output)]):
         model(tokens, return_type="loss").backward()
     assert held[output].grad.any()
     assert_close(held[acts].grad, held[output].grad @ itda.atoms.T)
-    assert held["hook_embed"].grad.any()
+    assert held[start].grad.any()
 
 
 def test_a_direct_effect_on_a_logit_is_read_off_the_gradient_of_the_coefficient(model, itda, tokens):

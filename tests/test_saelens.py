@@ -51,14 +51,6 @@ def watched(itda: ITDA, watch: bool):
     return itda.hooks([("hook_sae_acts_pre", same)]) if watch else nullcontext()
 
 
-def python(script: str, *arguments: object) -> str:
-    """What a fresh interpreter prints when it runs this script."""
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
 def edit_config(folder: Path, **changes: object) -> None:
     path = folder / "cfg.json"
     cfg = json.loads(path.read_text()) | changes
@@ -77,13 +69,52 @@ def saved(tmp_path):
 
 
 @pytest.fixture(scope="module")
+def fresh_interpreter(tmp_path_factory):
+    """What a Python that has not imported us yet sees, step by step."""
+    folder = tmp_path_factory.mktemp("fresh")
+    small_itda().save_model(folder)
+    script = """
+import importlib, json, sys
+from sae_lens import SAE, StandardSAE, StandardSAEConfig
+from sae_lens.registry import SAE_CLASS_REGISTRY
+seen, classes = {}, []
+load = lambda: type(SAE.load_from_disk(sys.argv[1]))
+try:
+    load()
+except Exception as e:
+    seen["loading without the import"] = repr(e)
+import itda_lens.sae
+classes.append((load(), itda_lens.sae.ITDA))
+importlib.reload(itda_lens.sae)
+classes.append((load(), itda_lens.sae.ITDA))
+for name in [name for name in sys.modules if name.startswith("itda_lens")]:
+    del sys.modules[name]
+import itda_lens.sae
+classes.append((load(), itda_lens.ITDA))
+seen["an ITDA after the import, a reload and another import"] = [loaded is ours for loaded, ours in classes]
+seen["the stale classes differ"] = len({ours for _, ours in classes}) == 3
+SAE_CLASS_REGISTRY["itda"] = foreign = (StandardSAE, StandardSAEConfig)
+try:
+    importlib.reload(itda_lens.sae)
+except RuntimeError as e:
+    seen["a foreign class"] = str(e)
+seen["the foreign class stays"] = SAE_CLASS_REGISTRY["itda"] is foreign
+print(json.dumps(seen))
+"""
+    command = [sys.executable, "-c", script, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
 def model():
     return embedded.model(0)
 
 
 @pytest.fixture(scope="module")
 def built(model):
-    config = BuildConfig(k=8, n_atoms=128, tokens=2000, context_size=64, dataset_name="prose", progress=False)
+    config = BuildConfig(k=8, n_atoms=64, tokens=1000, context_size=64, dataset_name="prose", progress=False)
     return build(model, embedded.dataset("train"), HOOK, config)[HOOK]
 
 
@@ -103,36 +134,18 @@ def test_01_importing_the_package_registers_the_architecture(saved):
     assert type(SAE.load_from_disk(saved)) is ITDA
 
 
-def test_01_without_the_import_loading_raises_a_bare_key_error(saved):
-    script = """
-import sys
-from sae_lens import SAE
-try:
-    SAE.load_from_disk(sys.argv[1])
-except KeyError as e:
-    print(repr(e))
-"""
-    assert python(script, saved) == "KeyError('itda')"
+def test_01_without_the_import_loading_raises_a_bare_key_error(fresh_interpreter):
+    assert fresh_interpreter["loading without the import"] == "KeyError('itda')"
 
 
-def test_02_a_reload_replaces_our_class_and_refuses_a_foreign_one(saved):
-    script = """
-import importlib, sys
-import itda_lens.sae
-from sae_lens import SAE, StandardSAE, StandardSAEConfig
-from sae_lens.registry import SAE_CLASS_REGISTRY
-stale = itda_lens.sae.ITDA
-for _ in range(2):
-    importlib.reload(itda_lens.sae)
-loaded = SAE.load_from_disk(sys.argv[1])
-print(type(loaded) is itda_lens.sae.ITDA, isinstance(loaded, stale))
-SAE_CLASS_REGISTRY["itda"] = foreign = (StandardSAE, StandardSAEConfig)
-try:
-    importlib.reload(itda_lens.sae)
-except RuntimeError as e:
-    print("sae_lens.saes.standard_sae" in str(e), SAE_CLASS_REGISTRY["itda"] is foreign)
-"""
-    assert python(script, saved).splitlines() == ["True False", "True True"]
+def test_02_importing_and_reloading_again_replaces_our_class(fresh_interpreter):
+    assert fresh_interpreter["an ITDA after the import, a reload and another import"] == [True, True, True]
+    assert fresh_interpreter["the stale classes differ"]
+
+
+def test_02_a_foreign_class_is_refused_and_left_in_place(fresh_interpreter):
+    assert "sae_lens.saes.standard_sae" in fresh_interpreter["a foreign class"]
+    assert fresh_interpreter["the foreign class stays"]
 
 
 def test_03_there_is_no_training_class():
@@ -392,7 +405,7 @@ def test_12_squares_beyond_the_range_of_half_precision_do_no_harm(watch):
 
 
 def test_12_coefficients_beyond_the_range_of_half_precision_are_found():
-    itda, x = ITDA.from_atoms(unit_rows(), K), (2e4 * gaussian(20, D)).half()
+    itda, x = ITDA.from_atoms(unit_rows(), K), (3e4 * gaussian(20, D)).clamp(-6e4, 6e4).half()
     expected = itda.encode_sparse(x.float())
     codes = itda.to(torch.float16).encode_sparse(x)
     assert expected.values.max() > torch.finfo(torch.float16).max

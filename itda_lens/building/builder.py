@@ -82,7 +82,7 @@ class DictionaryBuilder:
         threshold: float | None = None,
         n_atoms: int | None = None,
         tokens: int | None = None,
-        loss: LossName = "relative",
+        loss: LossName | str = "relative",
         center: bool = True,
         center_tokens: int = 2048,
         tokenizer: Tokenizer | None = None,

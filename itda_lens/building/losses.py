@@ -35,19 +35,19 @@ def paper(x: Float[Tensor, "b d"], x_hat: Float[Tensor, "b d"], bias: Float[Tens
     return 2 * cosine(x, x_hat, bias) / x.shape[-1]
 
 
-LOSSES: dict[LossName, Loss] = {
+LOSSES: dict[str, Loss] = {
     "relative": Loss(relative, lambda d, centered: 1.0),
     "cosine": Loss(cosine, lambda d, centered: 2.0 if centered else 1.0),
     "paper": Loss(paper, lambda d, centered: 2.0 / d),
 }
 
 
-def rounding(loss: LossName, d_in: int, centered: bool) -> float:
+def rounding(loss: str, d_in: int, centered: bool) -> float:
     """A loss at or below this is rounding: such an activation is in the dictionary already."""
     return 1e-6 * LOSSES[loss].upper(d_in, centered)
 
 
-def check_threshold(threshold: float, loss: LossName, d_in: int, centered: bool) -> None:
+def check_threshold(threshold: float, loss: str, d_in: int, centered: bool) -> None:
     """Raise a ValueError for a threshold that every token or no token can pass."""
     upper = LOSSES[loss].upper(d_in, centered)
     if not 0 <= threshold < upper:
