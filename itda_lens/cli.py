@@ -124,7 +124,7 @@ class Build(BuildConfig):
             itdas = build(model, _dataset(self.dataset), self.hooks, config)
         except BaseException as e:
             for hook, itda in getattr(e, "itdas", {}).items():
-                folder = self._folder(hook).with_suffix(".partial")
+                folder = self.out / f"{hook}.partial"
                 itda.save_model(folder)
                 console.print(f"[red]the build ended early; its {itda.cfg.d_sae} atoms at {hook} are in {folder}[/red]")
             raise

@@ -4,7 +4,7 @@ import copy
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class ITDAConfig(SAEConfig):
         ValueError: `k`, `d_in` or `d_sae` below 1, or a normalisation that pursuit can't follow.
     """
 
+    metadata: Any = field(default_factory=SAEMetadata)  # a plain dict while SAELens reads a file
     k: int = 32
     """L0: the steps of pursuit, so at most this many different atoms for each activation."""
     nonnegative: bool = False
@@ -52,6 +53,8 @@ class ITDAConfig(SAEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.metadata, dict):
+            self.metadata = SAEMetadata(**self.metadata)
         for name in ("k", "d_in", "d_sae"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:

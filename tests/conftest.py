@@ -4,16 +4,9 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from importlib.util import find_spec
-from pathlib import Path
-
 from jaxtyping import install_import_hook
 
-ROOT = Path(find_spec("itda_lens").origin).parent
-MODULES = [".".join(path.relative_to(ROOT.parent).with_suffix("").parts) for path in ROOT.rglob("*.py")]
-# Packages re-export by name and hold no functions; compiled functions take no annotations.
-CHECKED = [name for name in MODULES if not name.endswith(("__init__", "pursuit.kernel"))]
-install_import_hook(CHECKED, "beartype.beartype")
+install_import_hook("itda_lens", "beartype.beartype")
 
 import pytest
 import torch

@@ -16,7 +16,10 @@ def tokenizer():
 
 def provenance(tokenizer, texts: list[str], places: list[tuple[int, int]]) -> Provenance:
     bos = tokenizer.bos_token_id
-    sequences = {row: torch.tensor([bos, *tokenizer(text, add_special_tokens=False)["input_ids"]]) for row, text in enumerate(texts)}
+    sequences = {
+        row: torch.tensor([bos, *tokenizer(text, add_special_tokens=False)["input_ids"]])
+        for row, text in enumerate(texts)
+    }
     row, position = torch.tensor(places).T
     return Provenance.from_tokens(row, position, sequences, tokenizer)
 

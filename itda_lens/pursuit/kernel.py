@@ -4,7 +4,7 @@ Compiled functions alone live here, which take arrays and know nothing of tensor
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, no_type_check
 
 import numba
 import numpy as np
@@ -15,6 +15,7 @@ _TILE = 128
 
 
 @numba.njit(nogil=True, cache=True, fastmath=_FAST)
+@no_type_check
 def _pursue(correlations, gram, values, indices, left, floor, nonnegative, start, stop):
     n, k = correlations.shape[1], values.shape[1]
     tiles = (n + _TILE - 1) // _TILE
@@ -29,8 +30,8 @@ def _pursue(correlations, gram, values, indices, left, floor, nonnegative, start
                     tile = t
             if largest[tile] <= 0 or left[i] <= floor[i]:
                 break
-            j = tile * _TILE
-            while (row[j] if nonnegative else abs(row[j])) != largest[tile]:
+            j, last = tile * _TILE, min((tile + 1) * _TILE, n) - 1
+            while j < last and (row[j] if nonnegative else abs(row[j])) != largest[tile]:
                 j += 1
             value = row[j]
             values[i, step], indices[i, step] = value, j
@@ -40,6 +41,7 @@ def _pursue(correlations, gram, values, indices, left, floor, nonnegative, start
 
 
 @numba.njit(nogil=True, cache=True, inline="always", fastmath=_FAST)
+@no_type_check
 def _update(row, gram_row, value, largest, nonnegative):
     """Subtract `value * gram_row` from `row`, and take the largest entry of each tile."""
     n = len(row)

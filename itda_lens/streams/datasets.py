@@ -1,14 +1,17 @@
 """Text from anywhere: a dataset object, a local file, a saved dataset or a name on the hub."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 
 TOKEN_COLUMNS = ("tokens", "input_ids")
 TEXT_COLUMNS = ("text", "problem")
 
-AnyDataset = Dataset | DatasetDict | IterableDataset | IterableDatasetDict
+AnyDataset = Dataset | IterableDataset | Mapping[str, Any]
+"""A dataset, or several splits of one by name."""
 
 
 def load_text(
@@ -31,7 +34,7 @@ def load_text(
         'Once.'
     """
     data = _open(source, split, streaming)
-    if isinstance(data, DatasetDict | IterableDatasetDict):
+    if isinstance(data, Mapping):
         if split not in data:
             raise ValueError(f"the dataset has no split {split!r}, only {sorted(data)}")
         data = data[split]
@@ -54,7 +57,7 @@ def _open(source: AnyDataset | str | Path, split: str, streaming: bool) -> AnyDa
     if path.is_dir():
         if not any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json", "state.json")):
             raise ValueError(f"{path} is a folder, but not one that datasets' save_to_disk has written")
-        return load_from_disk(str(path))
+        return load_from_disk(str(path))  # type: ignore[return-value]
     if path.is_file():
         if path.suffix in (".txt", ".md"):
             paragraphs = re.split(r"\n\s*\n", path.read_text(encoding="utf8"))
