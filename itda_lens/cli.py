@@ -12,9 +12,10 @@ import pandas as pd
 import torch
 import transformers
 from datasets import Dataset
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from sae_lens import SAE
 from simple_parsing import ArgumentParser, DashVariant
 
@@ -47,14 +48,14 @@ class Quickstart:
     """Atoms wanted."""
     tokens: int = 60_000
     """Budget: how many tokens are judged."""
-    prompt: str = "Return a list of the names in the current scope. If the optional argument is given,"
-    """The prompt to decompose; it is not in the training text."""
+    prompt: str | None = None
+    """The prompt to decompose; the beginning of a held-out document if not given."""
 
     def run(self, console: Console) -> None:
         model, train, heldout = _model("embedded"), embedded.dataset("train"), embedded.dataset("heldout")
         console.print(
-            f"[b]1. Build[/b]  {self.n_atoms} atoms, L0 = {self.k}, at {self.hook} of the embedded model "
-            f"({model.cfg.n_layers} layers, d = {model.cfg.d_model}), from {self.tokens:,} tokens of Python's manual"
+            f"[b]1. Build[/b]  {self.n_atoms} atoms, L0 = {self.k}, at {self.hook} of the embedded model (d = "
+            f"{model.cfg.d_model}),\n   from {self.tokens:,} tokens of Python's own documentation"
         )
         started = time.perf_counter()
         config = BuildConfig(k=self.k, n_atoms=self.n_atoms, tokens=self.tokens, dataset_name="embedded")
@@ -73,12 +74,11 @@ class Quickstart:
         console.print(
             "[b]3. Explain[/b]  what the activations of a prompt are made of; each atom is a «token» of a prompt"
         )
-        positions = list(range(-3, 0))
-        for explanation in explain(itda, model, self.prompt, positions, n_terms=4):
+        prompt = self.prompt or " ".join(heldout[0]["text"].split(" ")[:16])
+        console.print(f"   the last three tokens of the held-out prompt: {escape(_visible(prompt))}")
+        for explanation in explain(itda, model, prompt, [-3, -2, -1], n_terms=4):
             console.print(_explanation_table(explanation))
-        console.print(
-            f"\n[b]4. Use it[/b]  saved to {self.out}; the few lines that load it and hook it into the model:\n"
-        )
+        console.print(f"\n[b]4. Use it[/b]  saved to {self.out}; these lines load it and hook it into the model:\n")
         console.print(escape(usage_lines(self.out)), highlight=False)
 
 
@@ -233,18 +233,19 @@ def _load(folder: Path) -> SAE:
 
 
 def _metrics_table(metrics: pd.DataFrame) -> Table:
-    table = Table("", *metrics.columns)
+    table = Table(Column("", no_wrap=True), *(column.replace("_", " ") for column in metrics.columns))
     for name, row in metrics.iterrows():
         table.add_row(str(name), *(f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3f}" for value in row))
     return table
 
 
 def _explanation_table(explanation: Explanation) -> Table:
-    title = f"{_visible(explanation.token)} at {explanation.position}, unexplained {explanation.relative_error:.0%}"
-    table = Table("coefficient", "atom", "its prompt", title=title, title_justify="left", width=100)
+    token, error = escape(_visible(explanation.token)), explanation.relative_error
+    title = f"«{token}» at position {explanation.position}, {error:.0%} of its squared norm unexplained"
+    table = Table("coefficient", "atom", "its prompt", title=title, title_justify="left", box=SIMPLE_HEAD)
     for term in explanation.terms:
         before, token = _visible(term.before)[-_PROMPT_WIDTH:], _visible(term.token)
-        table.add_row(f"{term.coefficient:+.2f}", str(term.atom), f"{escape(before)}[b]«{escape(token)}»[/b]")
+        table.add_row(f"{term.coefficient:+11.2f}", str(term.atom), f"{escape(before)}[b]«{escape(token)}»[/b]")
     return table
 
 

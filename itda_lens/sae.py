@@ -4,8 +4,8 @@ import copy
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, no_type_check
 
 import torch
 from jaxtyping import Float
@@ -31,6 +31,7 @@ PROVENANCE_KEY = "provenance"
 _EXACT_NORM_TOLERANCE = 1e-5
 
 
+@no_type_check  # SAELens itself passes a plain dict for metadata, and modes that its annotation lacks
 @dataclass
 class ITDAConfig(SAEConfig):
     """The configuration of an `ITDA`: SAELens's own fields, and the pursuit's.
@@ -39,7 +40,6 @@ class ITDAConfig(SAEConfig):
         ValueError: `k`, `d_in` or `d_sae` below 1, or a normalisation that pursuit can't follow.
     """
 
-    metadata: Any = field(default_factory=SAEMetadata)  # a plain dict while SAELens reads a file
     k: int = 32
     """L0: the steps of pursuit, so at most this many different atoms for each activation."""
     nonnegative: bool = False
@@ -53,8 +53,6 @@ class ITDAConfig(SAEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.metadata, dict):
-            self.metadata = SAEMetadata(**self.metadata)
         for name in ("k", "d_in", "d_sae"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -22,7 +22,7 @@ def test_quickstart_runs_and_prints_code_that_runs(tmp_path, capsys):
     folder = tmp_path / "out"
     run("quickstart", "--out", folder, "--n-atoms", 200, "--tokens", 4000)
     printed = capsys.readouterr().out
-    scores = {name: float(re.search(rf"│ {name}\S* *│ ([\d.]+)", printed)[1]) for name in ("ITDA", "random directions")}
+    scores = {name: float(re.search(rf"│ {name} *│ ([\d.]+)", printed)[1]) for name in ("ITDA", "random directions")}
     assert scores["ITDA"] > scores["random directions"]
     assert re.search(r"[+-]\d+\.\d\d.*«.+»", printed)
     lines = printed[printed.index("import itda_lens") :]
@@ -53,8 +53,8 @@ def test_build_eval_explain(tmp_path, capsys):
     run("explain", "--itda", tmp_path / "saes" / HOOK, "--prompt", "Return the list", "--model", embedded.path(1),
         "--positions", -1, 1)  # fmt: skip
     printed = capsys.readouterr().out
-    assert " list at 3" in printed
-    assert "Return at 1" in printed
+    assert "« list» at position 3" in printed
+    assert "«Return» at position 1" in printed
 
 
 @pytest.mark.parametrize(

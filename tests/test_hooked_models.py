@@ -18,11 +18,6 @@ CONFIG = BuildConfig(k=8, n_atoms=64, tokens=1000, context_size=64, progress=Fal
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
-@pytest.fixture(scope="module")
-def model():
-    return embedded.model(0)
-
-
 @pytest.fixture
 def bridge():
     """A new one for each test: where an SAE was attached once, `run_with_hooks` of a bridge does nothing any more."""

@@ -1,4 +1,4 @@
-"""What SAELens asks of an architecture, item by item: the numbers are those of the list in the design notes."""
+"""What SAELens asks of an architecture, in 22 numbered points: registration, weights, codes, files and metadata."""
 
 import json
 import math

@@ -11,6 +11,7 @@ import torch
 from sae_lens import SAE, ActivationsStore
 from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.training.activation_scaler import ActivationScaler
+from transformer_lens.model_bridge import TransformerBridge
 
 from itda_lens.streams import HookedModel, canonical_hooks, load_text
 from itda_lens.streams.datasets import AnyDataset
@@ -112,6 +113,12 @@ def _check(name: str, sae: SAE[Any], model: HookedModel) -> None:
     missing = [key for key in ("hook_name", "context_size", "prepend_bos") if metadata[key] is None]
     if missing:
         raise ValueError(f"the metadata of {name!r} lacks {', '.join(missing)}: set sae.cfg.metadata.{missing[0]}")
+    hook_point = model.hook_dict.get(metadata.hook_name)
+    if isinstance(model, TransformerBridge) and hook_point is not None and hook_point.name != metadata.hook_name:
+        raise ValueError(
+            f"an SAE was attached to {metadata.hook_name!r} of this bridge and removed again, after which SAELens's "
+            "evals can no longer hook it: boot the bridge anew"
+        )
     [canonical] = canonical_hooks(model, [metadata.hook_name]).values()
     if canonical != metadata.hook_name:
         raise ValueError(
