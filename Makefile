@@ -8,11 +8,11 @@ TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 .PHONY: quickstart test lint types notebooks format clean
 
 quickstart: $(VENV)/installed
-	HF_HUB_OFFLINE=1 $(BIN)/itda-lens quickstart
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/itda-lens quickstart
 
 test: lint types
 	$(TEST_ENV) $(BIN)/python -m pytest
-	$(TEST_ENV) $(BIN)/python -m pytest --nbmake --nbmake-timeout=300 -p no:doctest tutorials
+	$(TEST_ENV) $(BIN)/python -m pytest --override-ini addopts= --nbmake --nbmake-timeout=600 tutorials
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -58,7 +58,7 @@ class Quickstart:
             f"{model.cfg.d_model}),\n   from {self.tokens:,} tokens of Python's own documentation"
         )
         started = time.perf_counter()
-        config = BuildConfig(k=self.k, n_atoms=self.n_atoms, tokens=self.tokens, dataset_name="embedded")
+        config = BuildConfig(k=self.k, n_atoms=self.n_atoms, tokens=self.tokens)
         itda = build(model, train, self.hook, config)[self.hook]
         console.print(f"   built in {time.perf_counter() - started:.1f} s on {torch.get_num_threads()} CPU threads\n")
         itda.save_model(self.out)
@@ -146,6 +146,8 @@ class Eval:
     """Held-out text: as for build."""
     model: str | None = None
     """As for build; the one that the first SAE names if not given."""
+    column: str | None = None
+    """The dataset's column with the text, when it is not called text."""
     built_on: str | None = None
     """The dataset that the first one was built on: then random activations and directions are evaluated too."""
     n_batches: int = 8
@@ -164,7 +166,14 @@ class Eval:
                 raise ValueError(f"{self.saes[0]} is no ITDA, so it was built on no stream: leave out --built-on")
             saes["random activations"] = random_activations(first, model, _dataset(self.built_on))
             saes["random directions"] = random_directions(first)
-        table = evaluate(saes, model, _dataset(self.dataset), n_batches=self.n_batches, batch_size=self.batch_size)
+        table = evaluate(
+            saes,
+            model,
+            _dataset(self.dataset),
+            column=self.column,
+            n_batches=self.n_batches,
+            batch_size=self.batch_size,
+        )
         console.print(_metrics_table(table))
         if self.csv is not None:
             table.to_csv(self.csv)

@@ -6,7 +6,7 @@ from sae_lens import StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from torch.nn.functional import cosine_similarity, normalize
 
-from itda_lens import ITDA, embedded, evals, interpret
+from itda_lens import ITDA, BuildConfig, build, embedded, evals, interpret
 from tests.conftest import HOOK
 
 SMALL = {"batch_size": 8, "n_batches": 1}
@@ -67,6 +67,16 @@ def test_any_sae_is_measured_on_the_same_tokens(model, built, heldout):
     alone = evals.evaluate(built, model, heldout, **SMALL)
     drop = ["tokens_per_s"]
     assert together.drop(columns=drop).loc["itda"].equals(alone.drop(columns=drop).loc["itda"])
+
+
+def test_text_in_a_column_of_another_name(model, heldout):
+    stories = heldout.rename_column("text", "story")
+    config = BuildConfig(k=4, n_atoms=32, tokens=500, column="story", progress=False)
+    itda = build(model, stories, HOOK, config)[HOOK]
+    assert evals.random_activations(itda, model, stories).atoms.shape == (32, 96)
+    column = evals.evaluate(itda, model, stories, column="story", **SMALL)
+    drop = ["tokens_per_s"]
+    assert column.drop(columns=drop).equals(evals.evaluate(itda, model, heldout, **SMALL).drop(columns=drop))
 
 
 def test_dead_latents_are_those_that_never_fire(model, built, heldout):

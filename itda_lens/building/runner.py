@@ -199,6 +199,7 @@ def _metadata(model: HookedModel, data: Any, name: str | None, config: BuildConf
         "context_size": config.context_size,
         "pack": config.pack,
         "dataset_path": name or getattr(info, "dataset_name", None),
+        "dataset_column": config.column,
         "dataset_version": str(revision) if (revision := getattr(info, "version", None)) else None,
         "dataset_fingerprint": getattr(data, "_fingerprint", None),
         "tokenizer_digest": tokenizer_digest(model.tokenizer),

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from datasets import Dataset
+from datasets import Dataset, DatasetInfo
 
 Split = Literal["train", "heldout"]
 
@@ -43,7 +43,8 @@ def dataset(split: Split = "train") -> Dataset:
         *((name, text) for name, text in _documents() if is_heldout(name) == (split == "heldout")),
         strict=True,
     )
-    return Dataset.from_dict({"name": list(names), "text": list(texts)})
+    info = DatasetInfo(dataset_name=f"embedded:{split}")
+    return Dataset.from_dict({"name": list(names), "text": list(texts)}, info=info)
 
 
 def is_heldout(name: str) -> bool:

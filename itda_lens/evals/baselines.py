@@ -46,7 +46,7 @@ def random_activations(
     seen, parts = 0, []
     batches = activation_batches(
         model,
-        load_text(dataset),
+        load_text(dataset, column=metadata.dataset_column),
         canonical_hooks(model, [metadata.hook_name]),
         context_size=metadata.context_size,
         batch_size=batch_size,

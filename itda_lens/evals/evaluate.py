@@ -31,6 +31,7 @@ def evaluate(
     model: HookedModel,
     dataset: AnyDataset | str | Path,
     *,
+    column: str | None = None,
     batch_size: int = 16,
     n_batches: int = 8,
     exclude_special_tokens: bool = True,
@@ -44,6 +45,7 @@ def evaluate(
         saes: an ITDA or any other SAE of SAELens, or several by name.
         model: the model that they belong to.
         dataset: held-out text.
+        column: the dataset's column with the text, when it is not called `text`.
         batch_size: rows of `context_size` tokens in a batch.
         n_batches: batches.
         exclude_special_tokens: leave BOS, EOS and padding out, of the metrics and of what is replaced.
@@ -62,7 +64,7 @@ def evaluate(
     named = saes if isinstance(saes, Mapping) else {saes.cfg.architecture(): saes}
     for name, sae in named.items():
         _check(name, sae, model)
-    data = load_text(dataset)
+    data = load_text(dataset, column=column)
     rows = {
         name: _measure(sae, model, data, batch_size, n_batches, exclude_special_tokens) for name, sae in named.items()
     }

@@ -31,7 +31,7 @@ class Explanation(NamedTuple):
 
 
 def explain(
-    itda: ITDA, model: HookedModel, prompt: str, positions: list[int] | None = None, n_terms: int = 5
+    itda: ITDA, model: HookedModel, prompt: str, positions: list[int] | None = None, n_terms: int | None = None
 ) -> list[Explanation]:
     """Decompose the activations of a prompt's tokens.
 
@@ -40,7 +40,7 @@ def explain(
         model: the model that it belongs to.
         prompt: any text; BOS is prepended as the dictionary's metadata says.
         positions: which tokens of the prompt, counted with BOS; negative from the end; the last one if not given.
-        n_terms: how many atoms to name for each.
+        n_terms: how many atoms to name for each; all of them if not given.
 
     Raises:
         ValueError: the prompt is empty or too long, a position is not in it, or the dictionary has no prompts.
@@ -50,7 +50,7 @@ def explain(
         >>> model, hook = embedded.model(), "blocks.2.hook_resid_post"
         >>> config = BuildConfig(k=8, n_atoms=100, tokens=2000, progress=False)
         >>> itda = build(model, embedded.dataset(), hook, config)[hook]
-        >>> [explanation] = explain(itda, model, "Return the number of items")
+        >>> [explanation] = explain(itda, model, "Return the number of items", n_terms=5)
         >>> explanation.token, len(explanation.terms)
         (' items', 5)
     """
