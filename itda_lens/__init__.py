@@ -5,6 +5,7 @@ Importing this package registers the architecture `"itda"` with SAELens, so that
 
 from itda_lens import embedded, evals, interpret
 from itda_lens.building import BuildConfig, BuildStats, DictionaryBuilder, build
+from itda_lens.hub import upload
 from itda_lens.provenance import Provenance
 from itda_lens.pursuit import SparseCodes, matching_pursuit
 from itda_lens.sae import ITDA, ITDAConfig
@@ -24,4 +25,5 @@ __all__ = [
     "evals",
     "interpret",
     "matching_pursuit",
+    "upload",
 ]
