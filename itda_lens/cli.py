@@ -28,6 +28,7 @@ from itda_lens.streams import HookedModel, load_model
 
 _EMBEDDED_MODEL = re.compile(r"(?:embedded(?::|$)|itda-embedded-seed)(\d*)$")
 _PROMPT_WIDTH = 56
+_NAME_WIDTH = 40
 
 
 class Command(Protocol):
@@ -244,7 +245,9 @@ def _load(folder: Path) -> SAE:
 def _metrics_table(metrics: pd.DataFrame) -> Table:
     table = Table(Column("", no_wrap=True), *(column.replace("_", " ") for column in metrics.columns))
     for name, row in metrics.iterrows():
-        table.add_row(str(name), *(f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3f}" for value in row))
+        table.add_row(
+            str(name)[-_NAME_WIDTH:], *(f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3f}" for value in row)
+        )
     return table
 
 

@@ -68,7 +68,7 @@ def test_unpacked_rows_are_documents(model):
         ids = [0, *model.tokenizer(text, add_special_tokens=False)["input_ids"]][:16]
         assert tokens[row][mask[row]].tolist() == ids
         assert mask[row, : len(ids)].all()
-    config = BuildConfig(k=1, n_atoms=None, tokens=None, threshold=0.0, pack=False, context_size=16, progress=False)
+    config = BuildConfig(k=1, threshold=0.0, pack=False, context_size=16, progress=False)
     prov = build(model, data, HOOK, config)[HOOK].provenance
     assert {row for row, _ in prov.identities("position")} == {1, 2, 3}
     for i, (row, _) in enumerate(prov.identities("position")):
@@ -111,6 +111,16 @@ def test_positions_outside_a_slice_and_other_heads_are_left_out(model):
     tokens = head.provenance.tokens(3)
     x = activation(model, tokens, hook).view(4, 24)[2] - head.b_dec.data
     torch.testing.assert_close(head.atoms.data[3], normalize(x, dim=0), rtol=1e-3, atol=1e-4)
+
+
+def test_a_threshold_alone_sets_no_other_limit(model):
+    config = BuildConfig(k=4, threshold=0.3, progress=False)
+    assert (config.n_atoms, config.tokens) == (None, None)
+    assert (BuildConfig().n_atoms, BuildConfig().tokens) == (4096, 1_000_000)
+    data = embedded.dataset().select(range(60))
+    itda = build(model, data, HOOK, config)[HOOK]
+    read = sum(int((tokens != 0).sum()) for tokens, _ in token_batches(model, data, context_size=128, batch_size=8))
+    assert itda.cfg.metadata.itda_build["tokens_judged"] == read
 
 
 def test_the_seeds_are_different_models():

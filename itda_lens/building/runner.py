@@ -24,10 +24,10 @@ class BuildConfig:
 
     k: int = 32
     """L0: atoms for each activation."""
-    n_atoms: int | None = 4096
-    """Atoms wanted; with a threshold, where to stop."""
-    tokens: int | None = 1_000_000
-    """Budget: how many tokens of the stream are judged; about a hundredth of what an SAE is trained on."""
+    n_atoms: int | None = None
+    """Atoms wanted, 4096 if not given; with a threshold, where to stop (nowhere if not given)."""
+    tokens: int | None = None
+    """Budget: how many tokens of the stream are judged, a million if not given; with a threshold, all of them."""
     threshold: float | None = None
     """Loss above which a token becomes an atom; if not given it moves by itself to meet n_atoms."""
     loss: LossName = "relative"
@@ -58,6 +58,11 @@ class BuildConfig:
     """Where dictionaries are held while they are built; the model's device if not given."""
     progress: bool = True
     """Show a progress bar."""
+
+    def __post_init__(self) -> None:
+        if self.threshold is None:
+            self.n_atoms = 4096 if self.n_atoms is None else self.n_atoms
+            self.tokens = 1_000_000 if self.tokens is None else self.tokens
 
     def builder(self, d_in: int, **settings: Any) -> DictionaryBuilder:
         """A builder of these settings for activations of one width."""
