@@ -4,6 +4,7 @@ Importing this package registers the architecture `"itda"` with SAELens, so that
 """
 
 from itda_lens import embedded, evals, interpret
+from itda_lens.artifacts import load_paper_artifact
 from itda_lens.building import BuildConfig, BuildStats, DictionaryBuilder, build
 from itda_lens.hub import upload
 from itda_lens.provenance import Provenance
@@ -24,6 +25,7 @@ __all__ = [
     "embedded",
     "evals",
     "interpret",
+    "load_paper_artifact",
     "matching_pursuit",
     "upload",
 ]

@@ -256,8 +256,6 @@ def test_loss_ranges_hold():
     assert LOSSES["relative"].measure(x, x, zeros).max() == 0
     assert LOSSES["relative"].measure(x, zeros.expand_as(x), zeros).sub(1).abs().max() < 1e-6
     torch.testing.assert_close(LOSSES["paper"].measure(x, x_hat, zeros), 2 * (1 - cosine_similarity(x, x_hat)) / D)
-    direct = (normalize(x, dim=-1) - normalize(x_hat, dim=-1)).square().mean(-1)
-    torch.testing.assert_close(LOSSES["paper"].measure(x, x_hat, zeros), direct, rtol=1e-4, atol=1e-6)
     for loss in LOSSES.values():
         assert loss.measure(x, x_hat, zeros).min() >= 0
 

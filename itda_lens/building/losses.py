@@ -32,7 +32,7 @@ def cosine(x: Float[Tensor, "b d"], x_hat: Float[Tensor, "b d"], bias: Float[Ten
 
 def paper(x: Float[Tensor, "b d"], x_hat: Float[Tensor, "b d"], bias: Float[Tensor, " d"]) -> Float[Tensor, " b"]:
     """`mean over d of (x/|x| - x_hat/|x_hat|)^2 = 2 (1 - cos) / d`: what the paper's released code computes."""
-    return 2 * cosine(x, x_hat, bias) / x.shape[-1]
+    return (torch.nn.functional.normalize(x, dim=-1) - torch.nn.functional.normalize(x_hat, dim=-1)).square().mean(-1)
 
 
 LOSSES: dict[str, Loss] = {
