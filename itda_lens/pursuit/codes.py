@@ -32,8 +32,7 @@ class SparseCodes(NamedTuple):
         start_of_run = torch.where(starts, slots, 0).cummax(dim=-1).values
         first = torch.empty_like(order).scatter_(-1, order, order.gather(-1, start_of_run))
         values = torch.zeros_like(self.values).scatter_add(-1, first, self.values)
-        used = (first == slots) & (values != 0)
-        to_front = used.logical_not().to(torch.uint8).argsort(dim=-1, stable=True)
+        to_front = (values == 0).to(torch.uint8).argsort(dim=-1, stable=True)
         values = values.gather(-1, to_front)
         return SparseCodes(values, self.indices.gather(-1, to_front).masked_fill(values == 0, 0))
 
