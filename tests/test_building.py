@@ -110,19 +110,17 @@ def test_a_budget_gives_exactly_as_many_atoms_over_the_whole_stream(cut):
     assert max(numbers) < 700, "the budget is passed over"
     assert sum(n >= 630 for n in numbers) > 0, "the last tenth of the budget adds atoms"
     record = itda.cfg.metadata.itda_build
-    thresholds = [threshold for _, threshold, _ in record["threshold_history"]]
-    assert thresholds == sorted(thresholds)
-    assert record["threshold"] == thresholds[-1] > 0
+    assert record["threshold_history"][-1] == [700, record["threshold"], 150]
+    settled = [threshold for tokens, threshold, _ in record["threshold_history"] if 200 < tokens < 650]
+    assert max(settled) < 1.5 * min(settled), "the threshold settles"
     whole = fed(DictionaryBuilder(D, K, n_atoms=150, tokens=700), x).to_itda()
     assert places(itda) == places(whole)
 
 
 def test_a_stream_that_ends_first_gives_what_there_is_with_a_warning():
     builder = fed(DictionaryBuilder(D, K, n_atoms=100, tokens=5000), stream(4))
-    with pytest.warns(UserWarning, match=r"80 atoms of the 100 asked for: the stream ended after 80 tokens"):
-        assert builder.to_itda().cfg.d_sae == 80
-    longer = fed(DictionaryBuilder(D, K, n_atoms=100, tokens=5000), stream(20)).to_itda()
-    assert longer.cfg.d_sae == 100, "no need of the whole budget once there are enough atoms"
+    with pytest.warns(UserWarning, match=r"atoms of the 100 asked for: the stream ended after 80 tokens.*more text"):
+        assert 20 < builder.to_itda().cfg.d_sae < 80
 
 
 def test_a_threshold_with_a_size_stops_there():
@@ -168,7 +166,11 @@ def test_a_saved_state_goes_on_as_if_nothing_had_happened(tmp_path):
         assert places(after) == places(before)
         assert torch.equal(after.atoms.data, before.atoms.data)
         assert after.provenance.identities("tokens") == before.provenance.identities("tokens")
-        assert after.cfg.metadata.itda_build == before.cfg.metadata.itda_build
+        record, expected = after.cfg.metadata.itda_build, before.cfg.metadata.itda_build
+        assert record["tokens_judged"] == expected["tokens_judged"]
+        assert record["threshold"] == pytest.approx(expected["threshold"])
+        histories = [torch.tensor(r.get("threshold_history", [])) for r in (record, expected)]
+        torch.testing.assert_close(*histories)
     other = DictionaryBuilder(D, K + 1, threshold=0.2)
     with pytest.raises(ValueError, match="saved builder has k=4, this one k=5"):
         other.load_state_dict(builder.state_dict())
@@ -180,8 +182,9 @@ def test_an_itda_can_be_made_on_the_way_without_a_trace():
     for part in x.split(9):
         watched.update(part)
         plain.update(part)
-        if watched._rows_seen > 9:
-            assert watched.to_itda().cfg.d_sae == 100
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert 5 < watched.to_itda().cfg.d_sae <= 100
     assert places(watched.to_itda()) == places(plain.to_itda())
 
 
@@ -202,6 +205,8 @@ def test_building_goes_on_from_a_dictionary():
     grown = fed(DictionaryBuilder.from_itda(start, n_atoms=start.cfg.d_sae + 30, tokens=400), x[20:]).to_itda()
     assert grown.cfg.d_sae == start.cfg.d_sae + 30
     torch.testing.assert_close(grown.atoms.data[: start.cfg.d_sae], start.atoms.data)
+    with pytest.raises(ValueError, match=r"n_atoms=10 counts the \d+ atoms that the dictionary has already"):
+        DictionaryBuilder.from_itda(start, n_atoms=10, tokens=400)
 
 
 def paper_reference(batches: list[Tensor], k: int, threshold: float) -> list[tuple[int, int]]:

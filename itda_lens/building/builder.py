@@ -46,7 +46,7 @@ class DictionaryBuilder:
     however they are cut into calls of `update`.
 
     The size is set by `threshold` (any size), `threshold` and `n_atoms` (stop there), or `n_atoms` and `tokens`
-    (a budget): then the threshold rises by itself at fixed token counts, and atoms whose loss lay below it
+    (a budget): then the threshold moves by itself at fixed token counts, and atoms whose loss lay below it
     are dropped again, so that the dictionary spans the stream.
 
     Args:
@@ -136,7 +136,8 @@ class DictionaryBuilder:
             settings: as for `DictionaryBuilder`; `n_atoms` counts the atoms that are there.
 
         Raises:
-            ValueError: the tokenizer is not the one of the dictionary's provenance, or its input is normalised.
+            ValueError: the tokenizer is not the one of the dictionary's provenance, its input is normalised, or
+                `n_atoms` is less than it has.
         """
         if itda.cfg.normalize_activations != "none":
             raise ValueError(
@@ -149,6 +150,12 @@ class DictionaryBuilder:
         tokenizer = builder.tokenizer
         if tokenizer is not None and prov.tokenizer_digest not in (None, tokenizer_digest(tokenizer)):
             raise ValueError("the dictionary was built with another tokenizer, so its tokens mean something else")
+        wanted = builder._state.sizing.n_atoms
+        if wanted is not None and wanted < itda.cfg.d_sae:
+            raise ValueError(
+                f"n_atoms={wanted} counts the {itda.cfg.d_sae} atoms that the dictionary has already: ask for more, "
+                "or crop it first"
+            )
         state, always = builder._state, torch.full((itda.cfg.d_sae,), float("inf"), dtype=torch.float64)
         state.dictionary.extend(itda.atoms.detach().float(), prov.row, prov.position, always)
         state.bias = itda.b_dec.detach().float().to(builder.device, copy=True) * itda.cfg.apply_b_dec_to_input
@@ -353,7 +360,7 @@ class DictionaryBuilder:
         if not sizing.is_fixed and sizing.n_atoms is not None and self.n_atoms < sizing.n_atoms:
             warnings.warn(
                 f"the dictionary has {self.n_atoms} atoms of the {sizing.n_atoms} asked for: the stream ended after "
-                f"{judged.tokens:,} tokens ({seen}). Give more text",
+                f"{judged.tokens:,} tokens ({seen}). Give more text, or a budget of no more tokens than there are",
                 stacklevel=3,
             )
 
