@@ -9,17 +9,11 @@ from jaxtyping import install_import_hook
 install_import_hook("itda_lens", "beartype.beartype")
 
 import pytest
-import torch
 from sae_lens import HookedSAETransformer
 
 from itda_lens import ITDA, BuildConfig, build, embedded
 
 HOOK = "blocks.3.hook_resid_post"
-
-
-@pytest.fixture
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
 
 
 @pytest.fixture(scope="session")

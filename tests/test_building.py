@@ -5,6 +5,8 @@ import warnings
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
@@ -117,6 +119,20 @@ def test_a_budget_gives_exactly_as_many_atoms_over_the_whole_stream(cut):
     assert places(itda) == places(whole)
 
 
+@settings(deadline=None, max_examples=25)
+@given(
+    tokens=st.integers(20, 400), share=st.floats(0.02, 1), cut=st.integers(1, 200), held=st.sampled_from([5, 50, 900])
+)
+def test_any_budget_gives_exactly_as_many_atoms(tokens, share, cut, held):
+    x = torch.randn(1, tokens + 10, D, generator=torch.Generator().manual_seed(tokens))
+    n_atoms = max(2, round(share * tokens))
+    builder = DictionaryBuilder(D, 2, n_atoms=n_atoms, tokens=tokens, center_tokens=held)
+    for part in x.split(cut, dim=1):
+        builder.update(part)
+    assert builder.done
+    assert builder.to_itda().cfg.d_sae == n_atoms
+
+
 def test_a_stream_that_ends_first_gives_what_there_is_with_a_warning():
     builder = fed(DictionaryBuilder(D, K, n_atoms=100, tokens=5000), stream(4))
     with pytest.warns(UserWarning, match=r"atoms of the 100 asked for: the stream ended after 80 tokens.*more text"):
@@ -153,13 +169,13 @@ def test_trailing_dimensions_are_flattened():
 
 def test_a_saved_state_goes_on_as_if_nothing_had_happened(tmp_path):
     x, tokens = stream(), torch.arange(800).view(40, 20)
-    for settings, split in [({"threshold": 0.2}, 3), ({"threshold": 0.2}, 20), ({"n_atoms": 100, "tokens": 600}, 15)]:
-        straight = DictionaryBuilder(D, K, center_tokens=100, **settings)
+    for sizes, split in [({"threshold": 0.2}, 3), ({"threshold": 0.2}, 20), ({"n_atoms": 100, "tokens": 600}, 15)]:
+        straight = DictionaryBuilder(D, K, center_tokens=100, **sizes)
         straight.update(x, tokens)
-        builder = DictionaryBuilder(D, K, center_tokens=100, **settings)
+        builder = DictionaryBuilder(D, K, center_tokens=100, **sizes)
         builder.update(x[:split], tokens[:split])
         torch.save(builder.state_dict(), tmp_path / "state.pt")
-        resumed = DictionaryBuilder(D, K, center_tokens=100, **settings)
+        resumed = DictionaryBuilder(D, K, center_tokens=100, **sizes)
         resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
         resumed.update(x[split:], tokens[split:])
         before, after = straight.to_itda(), resumed.to_itda()
@@ -205,6 +221,11 @@ def test_building_goes_on_from_a_dictionary():
     grown = fed(DictionaryBuilder.from_itda(start, n_atoms=start.cfg.d_sae + 30, tokens=400), x[20:]).to_itda()
     assert grown.cfg.d_sae == start.cfg.d_sae + 30
     torch.testing.assert_close(grown.atoms.data[: start.cfg.d_sae], start.atoms.data)
+    with pytest.raises(ValueError, match="k must be a whole number of at least 1, got 0"):
+        DictionaryBuilder.from_itda(start, k=0, threshold=0.2)
+    positive = ITDA.from_atoms(start.atoms.data, K, nonnegative=True)
+    with pytest.raises(ValueError, match="nonnegative=True"):
+        DictionaryBuilder.from_itda(positive, threshold=0.2)
     with pytest.raises(ValueError, match=r"n_atoms=10 counts the \d+ atoms that the dictionary has already"):
         DictionaryBuilder.from_itda(start, n_atoms=10, tokens=400)
 

@@ -136,7 +136,8 @@ class DictionaryBuilder:
             settings: as for `DictionaryBuilder`; `n_atoms` counts the atoms that are there.
 
         Raises:
-            ValueError: the tokenizer is not the one of the dictionary's provenance, its input is normalised, or
+            ValueError: the tokenizer is not the one of the dictionary's provenance, its input is normalised, it is
+                non-negative, or
                 `n_atoms` is less than it has.
         """
         if itda.cfg.normalize_activations != "none":
@@ -144,7 +145,11 @@ class DictionaryBuilder:
                 f"this ITDA normalises its input ({itda.cfg.normalize_activations!r}), and a builder takes activations "
                 "as they are: build on normalised activations from the start"
             )
-        builder = DictionaryBuilder(itda.cfg.d_in, k or itda.cfg.k, **{"device": itda.device, **settings})
+        if itda.cfg.nonnegative:
+            raise ValueError("this ITDA has nonnegative=True, and a builder's pursuit is signed: build on another")
+        builder = DictionaryBuilder(
+            itda.cfg.d_in, itda.cfg.k if k is None else k, **{"device": itda.device, **settings}
+        )
         nowhere = torch.full((itda.cfg.d_sae,), -1)
         prov = itda.provenance or Provenance(nowhere, nowhere)
         tokenizer = builder.tokenizer
