@@ -239,7 +239,10 @@ def _dataset(name: str) -> Dataset | str:
 def _load(folder: Path) -> SAE:
     if not (folder / "cfg.json").is_file():
         raise ValueError(f"{folder} holds no SAE: there is no cfg.json")
-    return SAE.load_from_disk(folder)
+    try:
+        return SAE.load_from_disk(folder)
+    except Exception as e:  # SAELens, safetensors and JSON each have kinds of their own
+        raise ValueError(f"{folder} can't be loaded ({type(e).__name__}): {e}") from e
 
 
 def _metrics_table(metrics: pd.DataFrame) -> Table:

@@ -174,7 +174,7 @@ class Provenance:
                 previous = previous[:shared] + rest
                 prompts[i] = (previous[:start], previous[start:])
             return Provenance(row, position, sequences, tuple(prompts), header["tokenizer_digest"] or None)
-        except (zlib.error, safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as e:
+        except (zlib.error, safetensors.SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as e:
             raise ValueError(f"the provenance in this file can't be read ({e}): it was truncated or edited") from e
 
     @cached_property

@@ -13,20 +13,24 @@ from sae_lens import SAE, SAEConfig
 from sae_lens.registry import SAE_CLASS_REGISTRY, register_sae_class
 from sae_lens.saes.sae import SAEMetadata, _disable_hooks
 from sae_lens.saes.topk_sae import SparseHookPoint, TopK, act_times_W_dec
+from sae_lens.util import dtype_to_str
 from torch import Tensor, nn
 
+from itda_lens import integrity
 from itda_lens.provenance import Provenance
 from itda_lens.pursuit import (
     GramCache,
     SparseCodes,
     check_unit_rows,
     coefficients_on_path,
+    decode_dense,
     matching_pursuit,
     pursue,
 )
 
 ARCHITECTURE = "itda"
 PROVENANCE_KEY = "provenance"
+NOTE_KEY = "note"
 # Unit float32 rows are off by less than this; rows that came through bfloat16 by far more.
 _EXACT_NORM_TOLERANCE = 1e-5
 
@@ -37,7 +41,8 @@ class ITDAConfig(SAEConfig):
     """The configuration of an `ITDA`: SAELens's own fields, and the pursuit's.
 
     Raises:
-        ValueError: `k`, `d_in` or `d_sae` below 1, or a normalisation that pursuit can't follow.
+        ValueError: `k`, `d_in` or `d_sae` below 1, `k` above `d_sae`, a value of another type, or a normalisation
+            that pursuit can't follow.
     """
 
     k: int = 32
@@ -57,6 +62,15 @@ class ITDAConfig(SAEConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if self.k > self.d_sae:
+            raise ValueError(
+                f"k must be between 1 and the number of atoms, {self.d_sae}, got {self.k} (32 where none is given)"
+            )
+        for name in ("nonnegative", "use_sparse_activations", "apply_b_dec_to_input"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {value!r}")
+        if self.reshape_activations not in ("none", "hook_z"):
+            raise ValueError(f"reshape_activations must be 'none' or 'hook_z', got {self.reshape_activations!r}")
         if self.normalize_activations == "covariance_whitening":
             raise ValueError(
                 "normalize_activations='covariance_whitening' does not fit an ITDA, whose encoder is tied to its "
@@ -138,6 +152,27 @@ class ITDA(SAE[ITDAConfig]):
         itda.provenance = provenance
         return itda
 
+    @classmethod
+    def get_sae_config_class_for_architecture(cls, architecture: str) -> type[SAEConfig]:
+        """The first that SAELens asks for when it loads. Raises ValueError for what is no ITDA."""
+        if architecture != ARCHITECTURE:
+            raise ValueError(
+                f"this holds a {architecture!r} SAE, not an ITDA: use SAE.load_from_disk or SAE.from_pretrained"
+            )
+        return ITDAConfig
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # SAELens's functions for this would go on keeping their statistics in the SAE that was copied.
+        self._setup_activation_normalization()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ITDA":
+        # `.half()`, `.cuda()` and a model that is moved all come here, past SAELens's `to`.
+        super()._apply(fn, recurse)
+        self.dtype, self.device = self.W_dec.dtype, self.W_dec.device
+        self.cfg.dtype, self.cfg.device = dtype_to_str(self.dtype), str(self.device)
+        return self
+
     @property
     def W_enc(self) -> Tensor:  # type: ignore[override]
         """The encoder's directions are the atoms: `W_dec.T`."""
@@ -189,8 +224,8 @@ class ITDA(SAE[ITDAConfig]):
         acts, atoms = feature_acts, self.W_dec
         if acts.is_sparse and acts.dtype in (torch.bfloat16, torch.float16):
             acts, atoms = acts.float(), atoms.float()  # torch has no sparse product in half precision
-        recons = act_times_W_dec(acts, atoms, False).to(self.dtype)
-        recons = self.hook_sae_recons(recons + self.b_dec * self.cfg.apply_b_dec_to_input)
+        recons = act_times_W_dec(acts, atoms, False) if acts.is_sparse else decode_dense(acts, atoms)
+        recons = self.hook_sae_recons(recons.to(self.dtype) + self.b_dec * self.cfg.apply_b_dec_to_input)
         return self.reshape_fn_out(self.run_time_activation_norm_fn_out(recons), self.d_head)
 
     def crop(self, n: int) -> "ITDA":
@@ -203,6 +238,23 @@ class ITDA(SAE[ITDAConfig]):
     def with_k(self, k: int) -> "ITDA":
         """The same dictionary with another L0."""
         return self._with(self.W_dec, k, self.provenance)
+
+    def nonnegative_view(self) -> "NonnegativeView":
+        """The same dictionary with `2 n` latents, `[c+, c-]` over the atoms `[D, -D]`, for tools that test `> 0`.
+
+        Example:
+            >>> itda = ITDA.from_atoms(torch.eye(2), k=1)
+            >>> itda.nonnegative_view().encode(torch.tensor([[0.5, -2.0]])).tolist()
+            [[0.0, 0.0, 0.0, 2.0]]
+        """
+        own = {f.name: copy.deepcopy(getattr(self.cfg, f.name)) for f in fields(self.cfg)}
+        view = NonnegativeView(ITDAConfig(**own | {"d_sae": 2 * self.cfg.d_sae, "nonnegative": True}))
+        view.signed = not self.cfg.nonnegative
+        view.W_dec.data = torch.cat([self.W_dec.data, -self.W_dec.data])
+        view.b_dec.data = self.b_dec.data.clone()
+        if self.provenance is not None:
+            view.provenance = self.provenance.select([*range(self.cfg.d_sae)] * 2)
+        return view
 
     @torch.no_grad()
     def fold_and_get_W_dec_norm(self) -> Float[Tensor, " n"]:
@@ -230,12 +282,19 @@ class ITDA(SAE[ITDAConfig]):
         # Inside the weights, since SAELens's upload keeps no other file and its metadata goes into every eval.
         if self.provenance is not None:
             state_dict[PROVENANCE_KEY] = self.provenance.to_bytes()
+        state_dict[NOTE_KEY] = integrity.note(self.cfg, state_dict, state_dict.get(PROVENANCE_KEY))
 
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        packed = state_dict.pop(PROVENANCE_KEY, None)
-        provenance = None if packed is None else Provenance.from_bytes(packed.cpu().to(torch.uint8))
+        # SAELens has cast every tensor of the file, bytes too.
+        packed, note = (
+            None if tensor is None else tensor.cpu().to(torch.uint8)
+            for tensor in (state_dict.pop(PROVENANCE_KEY, None), state_dict.pop(NOTE_KEY, None))
+        )
+        provenance = None if packed is None else Provenance.from_bytes(packed)
         _check_state(state_dict, self.cfg)
         _check_atoms(state_dict["W_dec"], provenance)
+        if note is not None:
+            integrity.check(note, self.cfg, state_dict, packed)
         state_dict["W_dec"] = _renormalised(state_dict["W_dec"])
         self.provenance = provenance
 
@@ -248,6 +307,8 @@ class ITDA(SAE[ITDAConfig]):
                 f"width {self.cfg.d_in}: they come from {self.cfg.metadata.hook_name or 'another hook point'} of "
                 f"{self.cfg.metadata.model_name or 'another model'}"
             )
+        if self.hook_z_reshaping_mode:
+            self.d_head = x.shape[-1]  # SAELens notes it in the SAE that a copy was made of
         return self.process_sae_in(x)
 
     def _pursue(self, sae_in: Tensor) -> SparseCodes:
@@ -274,6 +335,33 @@ class ITDA(SAE[ITDAConfig]):
             del own[name]
         metadata = copy.deepcopy(self.cfg.metadata)
         return ITDA.from_atoms(atoms, k, bias=self.b_dec, provenance=provenance, metadata=metadata, **own)
+
+
+class NonnegativeView(ITDA):
+    """What `ITDA.nonnegative_view` gives: the signed codes `c` as `[c+, c-]`, over the atoms `[D, -D]`.
+
+    It encodes, decodes and is hooked as any SAE. It is not saved: save the ITDA, and take its view again.
+    """
+
+    signed: bool = True
+
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        raise NotImplementedError("a non-negative view is not saved: save the ITDA itself, and take its view again")
+
+    def _pursue(self, sae_in: Tensor) -> SparseCodes:
+        n = self.cfg.d_sae // 2
+        atoms = self.W_dec[:n]
+        codes = matching_pursuit(sae_in, atoms, self.cfg.k, gram=self._gram.get(atoms), nonnegative=not self.signed)
+        return self._split(codes.values, codes.indices)
+
+    def _pursue_hooked(self, sae_in: Tensor) -> SparseCodes:
+        values, indices = super()._pursue_hooked(sae_in)
+        n = self.cfg.d_sae // 2
+        return self._split(torch.where(indices < n, values, -values), indices % n)
+
+    def _split(self, values: Tensor, indices: Tensor) -> SparseCodes:
+        values, indices = SparseCodes(values, indices).merge()
+        return SparseCodes(values.abs(), torch.where(values < 0, indices + self.cfg.d_sae // 2, indices))
 
 
 _METADATA_DEFAULTS: dict[str, Any] = {
@@ -326,6 +414,10 @@ def _check_state(state_dict: dict[str, Any], cfg: ITDAConfig) -> None:
                 f"{name} has shape {tuple(state_dict[name].shape)}, but the configuration (d_sae={cfg.d_sae}, "
                 f"d_in={cfg.d_in}) needs {shape}: one of the two files was edited"
             )
+    if foreign := sorted(state_dict.keys() - {"W_dec", "b_dec"}):
+        raise ValueError(f"the weights hold {', '.join(foreign)} besides W_dec and b_dec: this is not an ITDA")
+    if not state_dict["b_dec"].isfinite().all():
+        raise ValueError("b_dec holds NaN or infinite values: the weights file was edited or damaged")
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from sae_lens import SAE, ActivationsStore
+from sae_lens import SAE, ActivationsStore, TopKSAE, TopKSAEConfig
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.training.activation_scaler import ActivationScaler
@@ -69,6 +69,13 @@ def renamed(itda: ITDA, hook_name: str) -> ITDA:
     copy = itda.with_k(itda.cfg.k)
     copy.cfg.metadata.hook_name = hook_name
     return copy
+
+
+def topk_of(itda: ITDA) -> TopKSAE:
+    """A SAELens SAE of the same directions, at the same hook."""
+    sae = TopKSAE(TopKSAEConfig(d_in=itda.cfg.d_in, d_sae=itda.cfg.d_sae, k=8, metadata=itda.cfg.metadata))
+    sae.load_state_dict({"W_dec": itda.W_dec, "W_enc": itda.W_enc, "b_dec": itda.b_dec}, strict=False)
+    return sae
 
 
 @torch.no_grad()
@@ -157,24 +164,42 @@ def test_with_its_error_term_an_itda_leaves_the_logits_unchanged(hooked, tokens)
     assert_close(logits, model(tokens), **CLOSE)
 
 
+def steer(acts: Tensor) -> Tensor:
+    acts[:, 5, 17] += 3.0
+    return acts
+
+
+def ablate(acts: Tensor) -> Tensor:
+    """Without the strongest atom of each activation from position 5 on."""
+    later = acts[:, 5:]
+    later.scatter_(-1, later.abs().argmax(dim=-1, keepdim=True), 0.0)
+    return acts
+
+
 @torch.no_grad()
+@pytest.mark.parametrize("edit", [steer, ablate])
 @pytest.mark.parametrize("use_error_term", [False, True])
-def test_an_edited_coefficient_moves_the_output_along_its_atom(hooked, tokens, use_error_term):
+@pytest.mark.parametrize("as_sae", [lambda itda: itda, topk_of], ids=["itda", "topk"])
+def test_an_edit_of_the_codes_moves_the_model_as_it_would_for_any_sae(hooked, tokens, as_sae, use_error_term, edit):
+    """By the edit times the atoms, from the reconstruction or, with the error term, from the activation itself."""
     model, itda = hooked
-    name, edits = itda.cfg.metadata.hook_name, []
+    sae, name, edits = as_sae(itda), itda.cfg.metadata.hook_name, []
+    x = model.run_with_cache(tokens, names_filter=[name])[1][name]
+    acts = sae.encode(x)
+    output = (x if use_error_term else sae.decode(acts)) + (edit(acts.clone()) - acts) @ sae.W_dec
+    expected = model.run_with_hooks(tokens, fwd_hooks=[(name, lambda _, hook: output)])
 
-    def add_three(acts: Tensor, hook: object) -> Tensor:
+    def edited(acts: Tensor, hook: object) -> Tensor:
         edits.append(hook)
-        acts[:, 5, 17] += 3.0
-        return acts
+        return edit(acts.clone())
 
-    with model.saes(saes=itda, use_error_term=use_error_term):
-        plain = model.run_with_cache(tokens)[1][f"{name}.hook_sae_output"]
-        with model.hooks(fwd_hooks=[(f"{name}.hook_sae_acts_post", add_three)]):
-            edited = model.run_with_cache(tokens)[1][f"{name}.hook_sae_output"]
-    expected = torch.zeros_like(plain)
-    expected[:, 5] = 3.0 * itda.atoms[17]
-    assert_close(edited - plain, expected, **CLOSE)
+    with model.saes(saes=sae, use_error_term=use_error_term):
+        unedited = model(tokens)
+        with model.hooks(fwd_hooks=[(f"{name}.hook_sae_acts_post", edited)]):
+            logits, cache = model.run_with_cache(tokens)
+    assert_close(cache[f"{name}.hook_sae_output"], output, **CLOSE)
+    assert_close(logits, expected, **CLOSE)
+    assert (logits - unedited)[:, 5:].abs().max() > 0.1
     assert len(edits) == 1
 
 
@@ -194,20 +219,32 @@ def test_gradients_flow_to_the_coefficients_and_through_them(hooked, tokens):
     assert held[start].grad.any()
 
 
-def test_a_direct_effect_on_a_logit_is_read_off_the_gradient_of_the_coefficient(model, itda, tokens):
-    """Attribution: the gradient at a latent foretells what a small edit of it does."""
-    name, grads, token = f"{RESID}.hook_sae_acts_post", [], int(tokens[0, -1])
+@pytest.mark.parametrize("use_error_term", [False, True])
+def test_attribution_foretells_what_small_edits_and_ablations_do_to_a_logit(hooked, tokens, use_error_term):
+    """By the gradient at the coefficients: for an edit in any direction, and for each weak atom taken away alone."""
+    model, itda = hooked
+    point, token, seen = f"{itda.cfg.metadata.hook_name}.hook_sae_acts_post", int(tokens[0, -1]), {}
 
-    def logit(edit: Tensor | None = None) -> Tensor:
-        add = [] if edit is None else [(name, lambda acts, hook: acts + edit)]
-        with model.hooks(fwd_hooks=add, bwd_hooks=[(name, lambda grad, hook: grads.append(grad.clone()))]):
-            return model(tokens[:1])[0, -1, token]
+    def keep(kind: str):
+        return lambda value, hook: seen.update({kind: value.detach().clone()})
 
-    with model.saes(saes=itda):
-        logit().backward()
-        edit = torch.randn(grads[0].shape, generator=torch.Generator().manual_seed(0))
-        rise = (logit(1e-2 * edit) - logit(-1e-2 * edit)) / 2e-2
-    assert rise.item() == pytest.approx((grads[0] * edit).sum().item(), rel=1e-2)
+    def logit(codes: Tensor) -> Tensor:
+        with torch.no_grad(), model.hooks(fwd_hooks=[(point, lambda acts, hook: codes)]):
+            return model(tokens[:1].expand(len(codes), -1))[:, -1, token]
+
+    with model.saes(saes=itda, use_error_term=use_error_term):
+        with model.hooks(fwd_hooks=[(point, keep("acts"))], bwd_hooks=[(point, keep("grad"))]):
+            plain = model(tokens[:1])[0, -1, token]
+            plain.backward()
+        acts, grad = seen["acts"], seen["grad"]
+        edit = torch.randn(acts.shape, generator=torch.Generator().manual_seed(0))
+        rise = (logit(acts + 1e-2 * edit) - logit(acts - 1e-2 * edit)) / 2e-2
+        flat = acts.flatten()
+        weakest = flat.abs().where(flat != 0, torch.inf).topk(8, largest=False).indices
+        falls = plain.detach() - logit(flat.expand(8, -1).scatter(1, weakest[:, None], 0.0).view(8, *acts.shape[1:]))
+    foretold = (grad * acts).flatten()[weakest]
+    assert rise.item() == pytest.approx((grad * edit).sum().item(), rel=1e-2)
+    assert (falls - foretold).norm() < 0.3 * falls.norm()
 
 
 @pytest.mark.parametrize("hook", [RESID, HEADS])

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 import itda_lens.pursuit.api as api
 from itda_lens import SparseCodes, matching_pursuit
-from itda_lens.pursuit import GramCache, gram_matrix, matching_pursuit_reference, pursue, pursue_eager
+from itda_lens.pursuit import GramCache, decode_dense, gram_matrix, matching_pursuit_reference, pursue, pursue_eager
 
 SHAPES = [(1, 4, 4, 1), (7, 16, 40, 5), (33, 24, 300, 12), (5, 8, 3, 10), (64, 32, 129, 32)]
 OPTIONS = [{}, {"nonnegative": True}, {"tolerance": 0.4}, {"nonnegative": True, "tolerance": 0.6}]
@@ -162,6 +162,19 @@ def test_gradients_are_those_of_the_coefficients(options):
         return matching_pursuit(x, normalize(atoms, dim=-1), 4, **options).values
 
     assert torch.autograd.gradcheck(coefficients, (x, atoms), eps=1e-7)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.03, 0.5], ids=["empty", "sparse", "dense"])
+@pytest.mark.parametrize("shape", [(), (5,), (2, 0), (3, 2)], ids=str)
+def test_dense_codes_decode_as_the_product_does_with_its_gradients(shape, share):
+    _, atoms = problem(1, 6, 200)
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randn(*shape, 200, generator=generator, dtype=torch.float64)
+    codes = codes * (torch.rand(codes.shape, generator=generator) < share)
+    torch.testing.assert_close(decode_dense(codes, atoms), codes @ atoms)
+    if codes.numel():
+        inputs = (codes[..., :200].requires_grad_(), atoms[:, :2].clone().requires_grad_())
+        assert torch.autograd.gradcheck(decode_dense, inputs)
 
 
 def test_no_graph_is_kept_where_no_gradient_is_wanted():

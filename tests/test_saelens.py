@@ -1,26 +1,46 @@
-"""What SAELens asks of an architecture, in 22 numbered points: registration, weights, codes, files and metadata."""
+"""What SAELens asks of an architecture, in 28 numbered points: registration, weights, codes, files and metadata.
 
+Point 17 is in test_hub.py and point 25 in test_saebench.py.
+"""
+
+import copy
 import json
 import math
 import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import MISSING, fields
+from importlib.metadata import requires, version
 from pathlib import Path
 
 import pytest
 import sae_lens
 import torch
-from sae_lens import SAE, ActivationsStore, SAEConfig
-from sae_lens.evals import get_featurewise_weight_based_metrics
+from packaging.requirements import Requirement
+from sae_lens import SAE, ActivationsStore, SAEConfig, TopKSAE, TopKSAEConfig
+from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+from sae_lens.evals import EvalConfig, get_featurewise_weight_based_metrics, run_evals
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_class
 from sae_lens.saes.sae import TrainingSAE
+from sae_lens.saes.topk_sae import TopK
 from sae_lens.training import upload_saes_to_huggingface as uploading
+from sae_lens.training.activation_scaler import ActivationScaler
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from itda_lens import ITDA, BuildConfig, DictionaryBuilder, ITDAConfig, Provenance, build, embedded
+from itda_lens import (
+    ITDA,
+    BuildConfig,
+    DictionaryBuilder,
+    ITDAConfig,
+    Provenance,
+    build,
+    cli,
+    embedded,
+    evals,
+    interpret,
+)
 from itda_lens.pursuit import matching_pursuit_reference
 
 HOOK = "blocks.3.hook_resid_post"
@@ -162,15 +182,25 @@ def test_04_every_own_field_has_a_default():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"k": 0}, {"k": -1}, {"k": 2.5}, {"d_sae": 0}, {"normalize_activations": "covariance_whitening"}],
+    [
+        *({"k": wrong} for wrong in (0, -1, 2.5, "4", None, True, N + 1)),
+        {"d_in": 0},
+        {"d_sae": 0},
+        {"nonnegative": "yes"},
+        {"use_sparse_activations": None},
+        {"apply_b_dec_to_input": 0.5},
+        {"reshape_activations": "hook_q"},
+        {"normalize_activations": "covariance_whitening"},
+        {"normalize_activations": 1},
+    ],
     ids=str,
 )
 def test_04_invalid_values_are_refused_in_code_and_in_files(saved, wrong):
     [name] = wrong
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=rf"^{name}"):
         ITDAConfig(**({"d_in": D, "d_sae": N} | wrong))
     edit_config(saved, **wrong)
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=rf"^{name}"):
         SAE.load_from_disk(saved)
 
 
@@ -454,16 +484,17 @@ def test_14_provenance_is_compressed_bytes_inside_the_weights_and_not_in_the_met
     itda = small_itda(provenance=detailed_provenance)
     itda.save_model(tmp_path)
     stored = load_file(tmp_path / "sae_weights.safetensors")
-    [extra] = stored.keys() - {"W_dec", "b_dec"}
-    assert stored[extra].dtype == torch.uint8
-    assert set(stored[extra].tolist()) == set(range(256))  # so the casts above were tried on every byte
+    assert set(stored) == {"W_dec", "b_dec", "note", "provenance"}
+    packed = stored["provenance"]
+    assert packed.dtype == torch.uint8
+    assert set(packed.tolist()) == set(range(256))  # so the casts above were tried on every byte
     tokens = sum(len(sequence) for sequence in detailed_provenance.sequences.values())
-    assert stored[extra].numel() < 4 * tokens
+    assert packed.numel() < 4 * tokens
     assert itda.cfg.to_dict()["metadata"].keys() == small_itda().cfg.to_dict()["metadata"].keys()
 
 
 def test_14_an_itda_without_provenance_is_saved_and_loaded_without(saved):
-    assert set(load_file(saved / "sae_weights.safetensors")) == {"W_dec", "b_dec"}
+    assert set(load_file(saved / "sae_weights.safetensors")) == {"W_dec", "b_dec", "note"}
     assert SAE.load_from_disk(saved).provenance is None
 
 
@@ -583,3 +614,178 @@ def test_22_a_store_can_be_made_from_a_built_itda(model, built):
 def test_22_metadata_that_json_cannot_hold_is_refused():
     with pytest.raises(ValueError, match="when"):
         ITDA.from_atoms(unit_rows(), K, metadata={"when": {1, 2}})
+
+
+def test_23_the_activation_function_is_a_placeholder_that_leaves_the_encoder_whole():
+    """sae-dashboard asks for a TopK; for any other it cuts `W_enc`, which is no weight here. See test_dashboard.py."""
+    itda, x = small_itda(), gaussian(5, D)
+    assert isinstance(itda.activation_fn, TopK)
+    assert itda.activation_fn.k == K
+    assert not torch.allclose(itda.activation_fn((x - itda.b_dec) @ itda.W_enc), itda.encode(x))
+    with pytest.raises(KeyError, match="W_enc"):
+        itda.W_enc = nn.Parameter(itda.W_enc[:, :3])
+
+
+def test_24_a_dictionary_built_by_hand_from_a_store_is_the_one_that_build_gives(model, built):
+    store = ActivationsStore.from_sae(
+        model, built, embedded.dataset("train"), total_tokens=1, store_batch_size_prompts=3
+    )
+    builder, done = DictionaryBuilder(96, 8, n_atoms=64, tokens=1000, tokenizer=model.tokenizer), False
+    while not done:
+        tokens = store.get_batch_tokens()
+        mask = tokens != model.tokenizer.bos_token_id
+        done = builder.update(store.get_activations(tokens), tokens, mask).done
+    by_hand = builder.to_itda()
+    assert by_hand.provenance.identities() == built.provenance.identities()
+    assert by_hand.provenance.identities("position") == built.provenance.identities("position")
+    assert_close(by_hand.atoms, built.atoms)
+    assert_close(by_hand.b_dec, built.b_dec)
+
+
+def test_24_a_store_of_many_hooks_serves_a_builder_for_each(model):
+    hooks = ["blocks.1.hook_resid_post", HOOK]
+    store = ActivationsStore.from_config_multi_hook(
+        model,
+        dataset=embedded.dataset("train"),
+        hook_names=hooks,
+        hook_d_ins=dict.fromkeys(hooks, 96),
+        context_size=64,
+        total_training_tokens=1,
+        store_batch_size_prompts=20,
+    )
+    tokens = store.get_batch_tokens()
+    config = BuildConfig(k=8, n_atoms=64, tokens=1000, context_size=64, progress=False)
+    together = build(model, embedded.dataset("train"), hooks, config)
+    for hook, x in store.get_multi_hook_activations(tokens).items():
+        builder = DictionaryBuilder(96, 8, n_atoms=64, tokens=1000)
+        builder.update(x, tokens, tokens != model.tokenizer.bos_token_id)
+        assert_close(builder.to_itda().atoms, together[hook].atoms)
+
+
+@torch.no_grad()
+def test_24_the_store_itself_shuffles_so_that_its_batches_have_no_provenance(model, built):
+    def store() -> ActivationsStore:
+        sizes = {"store_batch_size_prompts": 2, "n_batches_in_buffer": 2, "train_batch_size_tokens": 64}
+        return ActivationsStore.from_sae(model, built, embedded.dataset("train"), total_tokens=1, **sizes)
+
+    ordered = store().get_activations(store().get_batch_tokens(4)).flatten(0, 1)
+    distance, place = (next(store()).reshape(64, 1, 96) - ordered).norm(dim=-1).min(dim=1)
+    assert distance.max() < 1e-3  # the same activations,
+    assert (place.diff() < 0).any()  # but not in order
+
+
+@pytest.mark.parametrize("kind", ["itda", "topk"])
+def test_26_the_evals_of_sae_lens_fail_for_any_sae_at_the_alias_of_a_bridge_s_hook(built, kind):
+    """So `evaluate` refuses aliases: test_evals.py, test_what_sae_lens_leaves_unchecked_is_refused."""
+    sae = built.with_k(8) if kind == "itda" else TopKSAE(TopKSAEConfig(d_in=96, d_sae=64, k=8))
+    sae.cfg.metadata = copy.deepcopy(built.cfg.metadata)
+
+    def score(hook_name: str) -> float:
+        sae.cfg.metadata.hook_name = hook_name
+        bridge = SAETransformerBridge.boot_transformers(str(embedded.path(0)), device="cpu")
+        store = ActivationsStore.from_sae(bridge, sae, embedded.dataset("heldout"), total_tokens=1)
+        config = EvalConfig(batch_size_prompts=2, n_eval_reconstruction_batches=1, compute_ce_loss=True)
+        metrics, _ = run_evals(sae, store, bridge, ActivationScaler(), config)
+        return metrics["model_performance_preservation"]["ce_loss_score"]
+
+    assert score("blocks.3.hook_out") < 1
+    with pytest.raises(ZeroDivisionError):
+        score(HOOK)
+
+
+def test_26_a_wrong_hook_name_is_skipped_by_sae_lens_and_refused_by_us(model, built, tmp_path, caplog, capsys):
+    wrong = built.with_k(8)
+    wrong.cfg.metadata.hook_name = "blocks.3.hook_resid_pots"
+    tokens = model.to_tokens("Return the list")
+    assert torch.equal(model.run_with_saes(tokens, saes=[wrong]), model(tokens))
+    assert "No hook found for blocks.3.hook_resid_pots" in caplog.text
+
+    train, heldout = embedded.dataset("train"), embedded.dataset("heldout")
+    refused = r"no hook point 'blocks.3.hook_resid_pots'. Near it: blocks.3.hook_resid_post"
+    for call in (
+        lambda: build(model, train, wrong.cfg.metadata.hook_name),
+        lambda: evals.evaluate(wrong, model, heldout),
+        lambda: evals.random_activations(wrong, model, train),
+        lambda: interpret.explain(wrong, model, "Return the list"),
+    ):
+        with pytest.raises(ValueError, match=refused):
+            call()
+    wrong.save_model(tmp_path)
+    for arguments in (
+        ["eval", "--saes", str(tmp_path), "--dataset", "embedded:heldout"],
+        ["explain", "--itda", str(tmp_path), "--prompt", "Return the list"],
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(arguments)
+        assert "no hook point 'blocks.3.hook_resid_pots'" in capsys.readouterr().err
+
+
+CASTS = {"half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}
+
+
+@pytest.mark.parametrize("watch", [False, True])
+@pytest.mark.parametrize("cast", CASTS)
+def test_27_casts_that_bypass_sae_lens_do_what_its_own_does(cast, watch):
+    x, dtype = gaussian(5, D), CASTS[cast]
+    expected = small_itda().to(dtype)
+    for owner in ("the ITDA", "a module around it"):
+        itda = small_itda()
+        itda(x)
+        getattr(itda if owner == "the ITDA" else nn.ModuleList([itda]), cast)()
+        assert (itda.dtype, itda.cfg.dtype) == (dtype, expected.cfg.dtype)
+        with watched(itda, watch):
+            acts, recons = itda.encode(x), itda(x)
+        assert acts.dtype == recons.dtype == dtype
+        assert_close(acts, expected.encode(x))
+        assert_close(recons, expected(x))
+
+
+def test_27_the_device_is_followed_too():
+    itda = nn.ModuleList([small_itda()]).to("meta")[0]
+    assert (itda.device.type, itda.cfg.device) == ("meta", "meta")
+
+
+@pytest.mark.parametrize("use", ["before", "never before"])
+@pytest.mark.parametrize("change", ["edited in place", "loaded", "assigned", "replaced"])
+def test_27_new_atoms_are_noticed_however_they_come(change, use):
+    itda, x = small_itda(), gaussian(50, D)
+    other = ITDA.from_atoms(unit_rows(seed=9), K, bias=gaussian(D, seed=3))
+    if use == "before":
+        itda(x)
+    if change == "edited in place":
+        itda.W_dec.data[:] = other.W_dec.data
+        itda.b_dec.data[:] = other.b_dec.data
+    elif change == "replaced":
+        itda.W_dec.data, itda.b_dec.data = other.W_dec.data, other.b_dec.data
+    else:
+        itda.load_state_dict(other.state_dict(), assign=change == "assigned")
+    assert_close(itda.encode(x), other.encode(x))
+    assert_close(itda(x), other(x))
+
+
+@pytest.mark.parametrize("mode", ["none", "layer_norm", "constant_norm_rescale"])
+def test_27_a_deep_copy_is_the_same_and_independent(mode, detailed_provenance):
+    itda, x, y = small_itda(normalize_activations=mode, provenance=detailed_provenance), gaussian(5, D), gaussian(9, D)
+    expected = itda(x), itda(y)
+    copied = copy.deepcopy(itda)
+    assert copied.provenance.identities() == itda.provenance.identities()
+    acts = itda.encode(x)
+    assert_close(copied(y), expected[1])  # between the two halves of the other's pass
+    assert_close(itda.decode(acts), expected[0])
+    copied.W_dec.data.neg_()
+    copied.cfg.k = 1
+    assert_close(itda(x), expected[0])
+
+
+def test_27_a_copy_of_an_itda_of_heads_works_before_the_first_use():
+    itda = ITDA.from_atoms(unit_rows(), K, metadata={"hook_name": "blocks.2.attn.hook_z"})
+    x = gaussian(5, 4, D // 4)
+    assert_close(copy.deepcopy(itda)(x), itda(x))
+
+
+@pytest.mark.parametrize(("package", "removed"), [("transformer-lens", "4.0.0"), ("sae-lens", "7.0.0")])
+def test_28_versions_that_break_us_are_capped(package, removed):
+    """transformer-lens 4 has no `HookedTransformer`."""
+    [allowed] = [r.specifier for r in map(Requirement, requires("itda-lens")) if r.name == package]
+    assert version(package) in allowed
+    assert removed not in allowed

@@ -1,12 +1,12 @@
 """From a model and a dataset to one ITDA for each hook point, in one pass."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
 from itda_lens.building.builder import DictionaryBuilder
@@ -14,8 +14,8 @@ from itda_lens.building.losses import LossName
 from itda_lens.provenance import tokenizer_digest
 from itda_lens.sae import ITDA
 from itda_lens.streams import HookedModel, activation_batches, canonical_hooks, load_text
-from itda_lens.streams.activations import forward
 from itda_lens.streams.datasets import AnyDataset
+from itda_lens.streams.hooks import PROBE, activation_shapes
 
 
 @dataclass
@@ -183,14 +183,22 @@ def _check_stream(model: HookedModel, config: BuildConfig) -> None:
 
 
 def _widths(model: HookedModel, hooks: dict[str, str], config: BuildConfig) -> dict[str, int]:
-    probe = torch.zeros(1, 2, dtype=torch.int64)
-    try:
-        return {hook: x.shape[2] for hook, x in forward(model, probe, hooks, config.hook_head_index).items()}
-    except IndexError as e:
-        raise ValueError(
-            f"hook_head_index {config.hook_head_index} does not fit {list(hooks)}: the hooks must have heads, "
-            f"and {model.cfg.model_name} has {model.cfg.n_heads} of them"
-        ) from e
+    shapes, head = activation_shapes(model, hooks.values()), config.hook_head_index
+    widths: dict[str, int] = {}
+    for hook, name in hooks.items():
+        rows_and_positions, rest = shapes[name][:2], shapes[name][2:]
+        if rows_and_positions != (1, PROBE) or not rest:
+            raise ValueError(
+                f"{hook!r} has no vector for each token: its shape is {list(shapes[name])} for one row of {PROBE} "
+                "tokens, where [row, position, ...] is needed"
+            )
+        if head is not None and (len(rest) == 1 or not -rest[0] <= head < rest[0]):
+            raise ValueError(
+                f"hook_head_index {head} does not fit {hook!r}: the hook must have heads, "
+                f"and {model.cfg.model_name} has {model.cfg.n_heads} of them"
+            )
+        widths[hook] = math.prod(rest if head is None else rest[1:])
+    return widths
 
 
 def _metadata(model: HookedModel, data: Any, name: str | None, config: BuildConfig) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from sae_lens.saes.sae import SAEMetadata
 
 from itda_lens.sae import ITDA
-from itda_lens.streams import HookedModel, activation_batches, canonical_hooks, load_text
+from itda_lens.streams import HookedModel, activation_batches, canonical_hooks, check_model, load_text
 from itda_lens.streams.datasets import AnyDataset
 
 
@@ -35,12 +35,14 @@ def random_activations(
         batch_size: rows in a forward pass.
 
     Raises:
-        ValueError: the metadata does not say how the stream was cut, or the stream is too short.
+        ValueError: the metadata does not say how the stream was cut or names another model, or the stream is too
+            short.
     """
     n, metadata = itda.cfg.d_sae, cast(Any, itda.cfg.metadata)
     record = metadata.itda_build
     if record is None:
         raise ValueError("this ITDA was not made by build(), so its metadata does not say how the stream was cut")
+    check_model(metadata, model)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randperm(record["tokens_judged"], generator=generator)[:n].sort().values
     seen, parts = 0, []

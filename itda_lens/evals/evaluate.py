@@ -1,5 +1,6 @@
 """SAELens's `run_evals` in one call, for any of its SAEs side by side."""
 
+import math
 import time
 import warnings
 from collections.abc import Mapping
@@ -13,8 +14,9 @@ from sae_lens.evals import EvalConfig, run_evals
 from sae_lens.training.activation_scaler import ActivationScaler
 from transformer_lens.model_bridge import TransformerBridge
 
-from itda_lens.streams import HookedModel, canonical_hooks, load_text
+from itda_lens.streams import HookedModel, canonical_hooks, check_model, load_text
 from itda_lens.streams.datasets import AnyDataset
+from itda_lens.streams.hooks import activation_shapes
 
 _COLUMNS = {
     "ce_loss_score": ("model_performance_preservation", "ce_loss_score"),
@@ -24,6 +26,7 @@ _COLUMNS = {
     "l0": ("sparsity", "l0"),
     "l1": ("sparsity", "l1"),
 }
+_SPLIT_INTO_HEADS = ("hook_q", "hook_k", "hook_v", "hook_z")
 
 
 def evaluate(
@@ -51,7 +54,8 @@ def evaluate(
         exclude_special_tokens: leave BOS, EOS and padding out, of the metrics and of what is replaced.
 
     Raises:
-        ValueError: an SAE's hook is not in the model, or its metadata lacks what a store needs.
+        ValueError: an SAE names another model, its hook is not in the model or has another width, its metadata
+            lacks what a store needs, or SAELens's evals can't follow it there (the heads of a bridge).
 
     Example:
         >>> from itda_lens import ITDA, embedded
@@ -115,6 +119,7 @@ def _check(name: str, sae: SAE[Any], model: HookedModel) -> None:
     missing = [key for key in ("hook_name", "context_size", "prepend_bos") if metadata[key] is None]
     if missing:
         raise ValueError(f"the metadata of {name!r} lacks {', '.join(missing)}: set sae.cfg.metadata.{missing[0]}")
+    check_model(metadata, model, repr(name))
     hook_point = model.hook_dict.get(metadata.hook_name)
     if isinstance(model, TransformerBridge) and hook_point is not None and hook_point.name != metadata.hook_name:
         raise ValueError(
@@ -126,4 +131,17 @@ def _check(name: str, sae: SAE[Any], model: HookedModel) -> None:
         raise ValueError(
             f"{name!r} names the hook point {metadata.hook_name!r}, which {type(model).__name__} holds as "
             f"{canonical!r}: set sae.cfg.metadata.hook_name to that (SAELens's run_evals does not follow aliases)"
+        )
+    shape = activation_shapes(model, [canonical])[canonical]
+    width = math.prod(shape[2:] if metadata.hook_head_index is None else shape[3:])
+    if width != sae.cfg.d_in:
+        raise ValueError(
+            f"{name!r} takes activations of width {sae.cfg.d_in}, but those at {canonical!r} of {model.cfg.model_name} "
+            f"have width {width}: pass the model that it was built on"
+        )
+    if len(shape) > 3 and not any(part in canonical for part in _SPLIT_INTO_HEADS):
+        raise ValueError(
+            f"{name!r} belongs to {canonical!r}, where {type(model).__name__} has heads, but SAELens's run_evals knows "
+            f"heads by the names {', '.join(_SPLIT_INTO_HEADS)} alone: evaluate it on a HookedSAETransformer of the "
+            "same weights, with sae.cfg.metadata.hook_name as it is called there, such as 'blocks.0.attn.hook_z'"
         )

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 
 from itda_lens.sae import ITDA
-from itda_lens.streams import HookedModel, canonical_hooks
+from itda_lens.streams import HookedModel, canonical_hooks, check_model
 from itda_lens.streams.activations import forward
 
 
@@ -43,7 +43,8 @@ def explain(
         n_terms: how many atoms to name for each; all of them if not given.
 
     Raises:
-        ValueError: the prompt is empty or too long, a position is not in it, or the dictionary has no prompts.
+        ValueError: the prompt is empty or too long, a position is not in it, the dictionary has no prompts, or it
+            belongs to another model or to a hook point that the model does not have.
 
     Example:
         >>> from itda_lens import BuildConfig, build, embedded
@@ -57,6 +58,9 @@ def explain(
     if itda.provenance is None or "text" not in itda.provenance.kinds:
         raise ValueError("this dictionary's atoms have no prompts: build it with a tokenizer")
     metadata: Any = itda.cfg.metadata
+    if metadata.hook_name is None:
+        raise ValueError("the metadata of this dictionary lacks hook_name: set itda.cfg.metadata.hook_name")
+    check_model(metadata, model)
     hooks = canonical_hooks(model, [metadata.hook_name])
     tokens = model.to_tokens(prompt, prepend_bos=bool(metadata.prepend_bos), truncate=False)
     length = tokens.shape[1]

@@ -1,7 +1,7 @@
 """Matching pursuit: activations and atoms to sparse codes. Knows nothing of models, text or SAELens."""
 
 from itda_lens.pursuit.api import check_unit_rows, matching_pursuit
-from itda_lens.pursuit.codes import SparseCodes
+from itda_lens.pursuit.codes import SparseCodes, decode_dense
 from itda_lens.pursuit.eager import pursue_eager
 from itda_lens.pursuit.gradient import coefficients_on_path
 from itda_lens.pursuit.gram import GRAM_LIMIT_BYTES, GramCache, gram_fits, gram_matrix
@@ -14,6 +14,7 @@ __all__ = [
     "SparseCodes",
     "check_unit_rows",
     "coefficients_on_path",
+    "decode_dense",
     "gram_fits",
     "gram_matrix",
     "matching_pursuit",

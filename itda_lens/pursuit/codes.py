@@ -1,10 +1,13 @@
 """Sparse codes: for each activation the atoms that were chosen, and how much of each."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+
+# A dense product is faster once more than one coefficient in so many is not zero.
+_SPARSE = 16
 
 
 class SparseCodes(NamedTuple):
@@ -66,3 +69,42 @@ class SparseCodes(NamedTuple):
             mode="sum",
         )
         return decoded.view(*batch, atoms.shape[1])
+
+
+def decode_dense(codes: Float[Tensor, "*batch n"], atoms: Float[Tensor, "n d"]) -> Float[Tensor, "*batch d"]:
+    """The product `codes @ atoms`, on CPUs from the few coefficients that are not zero.
+
+    Example:
+        >>> decode_dense(torch.tensor([[0.0, 2.0]]), torch.eye(2))
+        tensor([[0., 2.]])
+    """
+    return _DecodeDense.apply(codes, atoms)  # type: ignore[return-value]
+
+
+class _DecodeDense(torch.autograd.Function):
+    """Forward by the nonzero coefficients; backward dense, because zero ones have gradients too."""
+
+    @staticmethod
+    def forward(codes: Tensor, atoms: Tensor) -> Tensor:  # type: ignore[override]
+        if codes.device.type != "cpu" or codes.dtype != atoms.dtype or codes.element_size() < 4:
+            return codes @ atoms
+        flat = codes.reshape(-1, codes.shape[-1])
+        if torch.count_nonzero(flat) * _SPARSE > flat.numel():
+            return codes @ atoms
+        rows, indices = flat.nonzero(as_tuple=True)
+        starts = torch.searchsorted(rows, torch.arange(len(flat)))
+        weights = flat[rows, indices]
+        recons = torch.nn.functional.embedding_bag(indices, atoms, starts, per_sample_weights=weights, mode="sum")
+        return recons.view(*codes.shape[:-1], atoms.shape[1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        codes, atoms = ctx.saved_tensors
+        to_codes = grad @ atoms.T if ctx.needs_input_grad[0] else None
+        flat = codes.reshape(-1, codes.shape[-1])
+        to_atoms = flat.T @ grad.reshape(len(flat), -1) if ctx.needs_input_grad[1] else None
+        return to_codes, to_atoms

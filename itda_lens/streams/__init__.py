@@ -3,7 +3,7 @@
 from itda_lens.streams.activations import Batch, activation_batches
 from itda_lens.streams.datasets import load_text
 from itda_lens.streams.hooks import canonical_hooks
-from itda_lens.streams.models import HookedModel, hooked_model_from_folder, load_model
+from itda_lens.streams.models import HookedModel, check_model, hooked_model_from_folder, load_model
 from itda_lens.streams.tokens import special_token_ids, token_batches
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "HookedModel",
     "activation_batches",
     "canonical_hooks",
+    "check_model",
     "hooked_model_from_folder",
     "load_model",
     "load_text",

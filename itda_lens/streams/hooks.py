@@ -1,11 +1,14 @@
 """Hook points of a model, checked before any work."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from itda_lens.streams.models import HookedModel
+
+PROBE = 3
 
 
 def canonical_hooks(model: HookedModel, hook_names: Sequence[str]) -> dict[str, str]:
@@ -33,3 +36,23 @@ def canonical_hooks(model: HookedModel, hook_names: Sequence[str]) -> dict[str, 
             raise ValueError(f"the hook point {hook!r} is named twice")
         names[hook] = aliases.get(hook, hook)
     return names
+
+
+@torch.no_grad()
+def activation_shapes(model: HookedModel, hooks: Iterable[str]) -> dict[str, torch.Size]:
+    """The shape of the activations at each hook (the model's own names) for one row of `PROBE` tokens.
+
+    Raises:
+        ValueError: nothing passes through one of the hooks.
+    """
+    names = list(hooks)
+    _, cache = model.run_with_cache(
+        torch.zeros(1, PROBE, dtype=torch.int64, device=model.cfg.device), names_filter=names, prepend_bos=False
+    )
+    for name in names:
+        if name not in cache:
+            raise ValueError(
+                f"{model.cfg.model_name} has the hook point {name!r}, but nothing passes through it: TransformerLens "
+                "leaves some off until asked (hook_mlp_in until model.set_use_hook_mlp_in(True)), and others unused"
+            )
+    return {name: cache[name].shape for name in names}

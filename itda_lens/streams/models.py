@@ -5,12 +5,14 @@ import difflib
 import io
 import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeAlias
 
 import torch
 from sae_lens import HookedSAETransformer
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+from sae_lens.saes.sae import SAEMetadata
 from transformer_lens import HookedTransformer
 from transformer_lens.loading_from_pretrained import get_official_model_name
 from transformer_lens.model_bridge import TransformerBridge
@@ -38,14 +40,7 @@ def load_model(name: str, *, device: str = "cpu") -> HookedSAETransformer | SAET
             return SAETransformerBridge.boot_transformers(name, device=device)
     if Path(name).exists() or name.startswith((".", "/", "~")):
         raise ValueError(f"{name} is no Hugging Face model folder: it has no config.json")
-    try:
-        get_official_model_name(name)
-    except ValueError:
-        near = difflib.get_close_matches(name, [*OFFICIAL_MODEL_NAMES, *itertools.chain(*MODEL_ALIASES.values())])
-        raise ValueError(
-            f"{name!r} is neither a model that TransformerLens knows nor a local Hugging Face folder."
-            + (f" Near it: {', '.join(near)}" if near else "")
-        ) from None
+    official_name(name)
     with _silence():
         return HookedSAETransformer.from_pretrained_no_processing(name, device=device)
 
@@ -54,23 +49,67 @@ def hooked_model_from_folder(
     folder: str | os.PathLike[str], *, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> HookedSAETransformer:
     """A `HookedSAETransformer` of a local Hugging Face folder, with unprocessed weights."""
-    path = str(folder)
+    path = str(Path(folder))  # with a slash at its end, TransformerLens would take the model's name for empty
     hf_model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    # TransformerLens reads the configuration of a folder, but only of one that its list of names holds.
-    listed = path in OFFICIAL_MODEL_NAMES
-    if not listed:
-        OFFICIAL_MODEL_NAMES.append(path)
-    try:
-        with _silence():
-            model = HookedSAETransformer.from_pretrained_no_processing(
-                path, hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=dtype
-            )
-    finally:
-        if not listed:
-            OFFICIAL_MODEL_NAMES.remove(path)
+    with listed(path), _silence():
+        model = HookedSAETransformer.from_pretrained_no_processing(
+            path, hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=dtype
+        )
     assert isinstance(model, HookedSAETransformer)
     return model
+
+
+@contextlib.contextmanager
+def listed(folder: str | os.PathLike[str], alias: str | None = None) -> Iterator[None]:
+    """Inside, TransformerLens loads a local Hugging Face folder by its path, and by another name if one is given.
+
+    It reads the configuration of a folder, but only of one that its list of names holds.
+    """
+    path = str(folder)
+    if path in OFFICIAL_MODEL_NAMES:
+        yield
+        return
+    OFFICIAL_MODEL_NAMES.append(path)
+    if alias is not None:
+        MODEL_ALIASES[path] = [alias]
+    try:
+        yield
+    finally:
+        OFFICIAL_MODEL_NAMES.remove(path)
+        MODEL_ALIASES.pop(path, None)
+
+
+def official_name(name: str) -> str:
+    """TransformerLens's own name of a model. Raises ValueError, with the nearest names, where it has none."""
+    try:
+        return get_official_model_name(name)
+    except ValueError:
+        near = difflib.get_close_matches(name, [*OFFICIAL_MODEL_NAMES, *itertools.chain(*MODEL_ALIASES.values())])
+        raise ValueError(
+            f"{name!r} is neither a model that TransformerLens knows nor a local Hugging Face folder."
+            + (f" Near it: {', '.join(near)}" if near else "")
+        ) from None
+
+
+def check_model(metadata: SAEMetadata, model: HookedModel, what: str = "this dictionary") -> None:
+    """Raise a ValueError when the metadata of an SAE names another model than this one; no name passes.
+
+    Owner, folder and alias of a name count for nothing: `gpt2-small` is `openai-community/gpt2`.
+    """
+    named, given = metadata.model_name, model.cfg.model_name
+    if named and given and _plain_name(str(named)) != _plain_name(given):
+        raise ValueError(
+            f"{what} belongs to the model {named!r}, but was given {given!r}: pass the model that it was built on, "
+            "or, where both are names of one model, set metadata.model_name (in code or in its cfg.json)"
+        )
+
+
+def _plain_name(name: str) -> str:
+    last = name.rstrip("/").rpartition("/")[2]
+    with contextlib.suppress(ValueError):
+        last = get_official_model_name(last).rpartition("/")[2]
+    return last.lower().removeprefix("itda-embedded-")  # the folders of the embedded models are named by seed alone
 
 
 def _silence() -> contextlib.redirect_stdout[io.StringIO]:
