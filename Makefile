@@ -2,12 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# SAEBench needs older versions of numpy and datasets.
-SAEBENCH := .venv-saebench
+# For SAEBench, which needs older versions of numpy and datasets, and sae-dashboard, which says that it needs older still.
+TOOLS := .venv-tools
 # Two threads that fight for a core are slower than one: the tests are many small computations.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test test-saebench compatibility lint types format clean
+.PHONY: quickstart test test-tools compatibility lint types format clean
 
 quickstart: $(VENV)/installed
 	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/itda-lens quickstart
@@ -16,13 +16,13 @@ test: lint types
 	$(TEST_ENV) $(BIN)/python -m pytest
 	$(TEST_ENV) $(BIN)/python -m pytest --override-ini addopts= --nbmake --nbmake-timeout=600 tutorials
 
-test-saebench: $(SAEBENCH)/installed
-	$(TEST_ENV) $(SAEBENCH)/bin/python -m pytest tests/test_saebench.py
+test-tools: $(TOOLS)/installed
+	$(TEST_ENV) $(TOOLS)/bin/python -m pytest tests/test_saebench.py tests/test_dashboard.py
 
-compatibility: $(VENV)/installed $(SAEBENCH)/installed
+compatibility: $(VENV)/installed $(TOOLS)/installed
 	rm -f docs/compatibility.md
 	$(TEST_ENV) $(BIN)/python -m pytest tests --compatibility docs/compatibility.md
-	$(TEST_ENV) $(SAEBENCH)/bin/python -m pytest tests/test_saebench.py --compatibility docs/compatibility.md
+	$(TEST_ENV) $(TOOLS)/bin/python -m pytest tests/test_saebench.py tests/test_dashboard.py --compatibility docs/compatibility.md
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -43,13 +43,15 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 # SAEBench asks for torchvision but does not use it; the one that is installed may belong to another build of torch.
-$(SAEBENCH)/installed: pyproject.toml constraints-saebench.txt
-	$(PYTHON) -m venv $(SAEBENCH)
-	$(SAEBENCH)/bin/python -m pip install --quiet --upgrade pip
-	$(SAEBENCH)/bin/python -m pip install --quiet --constraint constraints-saebench.txt torch
-	$(SAEBENCH)/bin/python -m pip install --quiet --constraint constraints-saebench.txt --editable ".[saebench]" pytest hypothesis
-	$(SAEBENCH)/bin/python -m pip uninstall --quiet --yes torchvision
+$(TOOLS)/installed: pyproject.toml constraints-saebench.txt
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --upgrade pip
+	$(TOOLS)/bin/python -m pip install --quiet --constraint constraints-saebench.txt torch
+	$(TOOLS)/bin/python -m pip install --quiet --constraint constraints-saebench.txt --editable ".[saebench]" pytest hypothesis
+	$(TOOLS)/bin/python -m pip uninstall --quiet --yes torchvision
+	$(TOOLS)/bin/python -m pip install --quiet --constraint constraints-saebench.txt dataclasses-json eindex-callum
+	$(TOOLS)/bin/python -m pip install --quiet --no-deps sae-dashboard==0.8.0
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(SAEBENCH) .pytest_cache .ruff_cache .hypothesis itda-quickstart
+	rm -rf $(VENV) $(TOOLS) .pytest_cache .ruff_cache .hypothesis itda-quickstart

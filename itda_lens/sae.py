@@ -307,6 +307,12 @@ class ITDA(SAE[ITDAConfig]):
                 f"width {self.cfg.d_in}: they come from {self.cfg.metadata.hook_name or 'another hook point'} of "
                 f"{self.cfg.metadata.model_name or 'another model'}"
             )
+        if x.ndim > 3 and (head := self.cfg.metadata.hook_head_index) is not None:
+            raise ValueError(
+                f"this dictionary is of head {head} of {self.cfg.metadata.hook_name} alone, but got all heads (shape "
+                f"{tuple(x.shape)}), as SAELens's run_with_saes and add_sae do: replace that head in run_with_hooks, "
+                f"x[:, :, {head}] = itda(x[:, :, {head}])"
+            )
         if self.hook_z_reshaping_mode:
             self.d_head = x.shape[-1]  # SAELens notes it in the SAE that a copy was made of
         return self.process_sae_in(x)

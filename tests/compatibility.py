@@ -115,6 +115,12 @@ SURFACES = [
             ("meta_structure", "meta_structure", ""),
         ]
     ),
+    Surface(
+        "sae-dashboard: `SaeVisRunner`, feature-centric pages",
+        r"test_dashboard::",
+        "what it declares to need can't be met beside SAELens 6: install it with `--no-deps`; it shows positive "
+        "codes, and negative ones through `nonnegative_view()`",
+    ),
     Surface("The paper's artifacts: `atoms.pt`, `atom_indices.pt`, `metadata.yaml`", r"test_artifacts::"),
 ]
 

@@ -157,3 +157,19 @@ def test_a_hook_that_is_switched_on_is_built(hosts):
         assert build(model, embedded.dataset("train"), hook, CONFIG)[hook].cfg.d_in == 96
     finally:
         model.set_use_hook_mlp_in(False)
+
+
+@torch.no_grad()
+def test_one_head_is_not_attached_to_all_heads(hosts, tokens):
+    """SAELens attaches the SAE of one head to every head, without a word."""
+    model, itda = hosts["model"][0], hosts["model"][1][ONE_HEAD]
+    with pytest.raises(ValueError, match=r"of head 2 of blocks.2.attn.hook_z alone.* run_with_hooks"):
+        model.run_with_saes(tokens, saes=itda)
+    assert not model.acts_to_saes
+
+    def one_head(x, hook):
+        x[:, :, HEAD] = itda(x[:, :, HEAD])
+        return x
+
+    logits = model.run_with_hooks(tokens, fwd_hooks=[(Z, one_head)])
+    assert_close(logits, model.run_with_hooks(tokens, fwd_hooks=[(Z, lambda x, hook: recons(itda, x))]), **CLOSE)

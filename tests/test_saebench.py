@@ -1,4 +1,4 @@
-"""SAEBench on real dictionaries, offline; `make test-saebench` runs this in an environment that has it."""
+"""SAEBench on real dictionaries, offline; `make test-tools` runs this in an environment that has it."""
 
 import importlib
 import json
@@ -14,7 +14,7 @@ from sae_lens import TopKSAE, TopKSAEConfig
 from itda_lens import embedded, evals
 from tests.conftest import HOOK
 
-pytest.importorskip("sae_bench", reason="SAEBench is not installed: `make test-saebench` has an environment with it")
+pytest.importorskip("sae_bench", reason="SAEBench is not installed: `make test-tools` has an environment with it")
 
 PROBES = {"dataset_names": ["77_second-derivative"], "ks": [1, 5]}
 SMALL_CORE = {"n_eval_reconstruction_batches": 2, "n_eval_sparsity_variance_batches": 2}
