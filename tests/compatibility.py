@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-WORKS, NOT_FOR_ITDA = "works", "does not apply"
+WORKS, NOT_FOR_ITDA, NOT_TRIED = "works", "does not apply", "not tried"
 PACKAGES = ("sae-lens", "transformer-lens", "torch", "sae-bench", "sae-dashboard")
-_LINE = re.compile(r"^\| (?P<name>.+?) \| (works|works, with a note|does not apply|fails) \|")
+_LINE = re.compile(r"^\| (?P<name>.+?) \| (works|works, with a note|does not apply|not tried|fails) \|")
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,13 @@ SURFACES = [
             ("tpp", r"\[tpp", "through `nonnegative_view()`; not to be relied on (arXiv 2605.18229)"),
             ("meta_structure", "meta_structure", ""),
         ]
+    ),
+    Surface(
+        "SAEBench: absorption, autointerp, unlearning, ravel",
+        r"test_saebench::test_bad_arguments",
+        "`evals.saebench` passes them on, and says what they need: a model that can spell, an OpenAI key, an "
+        "instruction-tuned model and its corpus, gemma-2-2b or pythia-160m-deduped",
+        NOT_TRIED,
     ),
     Surface(
         "sae-dashboard: `SaeVisRunner`, feature-centric pages",
