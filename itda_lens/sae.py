@@ -41,8 +41,8 @@ class ITDAConfig(SAEConfig):
     """The configuration of an `ITDA`: SAELens's own fields, and the pursuit's.
 
     Raises:
-        ValueError: `k`, `d_in` or `d_sae` below 1, `k` above `d_sae`, a value of another type, or a normalisation
-            that pursuit can't follow.
+        ValueError: `k`, `d_in` or `d_sae` below 1, a value of another type, or a normalisation that pursuit can't
+            follow.
     """
 
     k: int = 32
@@ -62,10 +62,6 @@ class ITDAConfig(SAEConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        if self.k > self.d_sae:
-            raise ValueError(
-                f"k must be between 1 and the number of atoms, {self.d_sae}, got {self.k} (32 where none is given)"
-            )
         for name in ("nonnegative", "use_sparse_activations", "apply_b_dec_to_input"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {value!r}")

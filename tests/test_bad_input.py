@@ -225,11 +225,6 @@ def test_a_missing_key_never_becomes_a_default(tmp_path, cfg, lost):
     assert_refused(tmp_path, rf"(?=.*\b{lost.rpartition('.')[2]}\b)(?=.*cfg\.json)")
 
 
-def test_a_default_that_does_not_fit_says_that_it_is_one(saved):
-    edit_config(saved, without="k")
-    assert_refused(saved, rf"k must be between 1 and the number of atoms, {N}, got 32 \(32 where none is given\)")
-
-
 @pytest.mark.parametrize("lost", ["d_in", "d_sae", "dtype", "architecture"])
 def test_a_key_that_sae_lens_misses_is_named(saved, lost):
     edit_config(saved, without=lost)

@@ -183,7 +183,7 @@ def test_04_every_own_field_has_a_default():
 @pytest.mark.parametrize(
     "wrong",
     [
-        *({"k": wrong} for wrong in (0, -1, 2.5, "4", None, True, N + 1)),
+        *({"k": wrong} for wrong in (0, -1, 2.5, "4", None, True)),
         {"d_in": 0},
         {"d_sae": 0},
         {"nonnegative": "yes"},
