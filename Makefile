@@ -20,7 +20,6 @@ test-tools: $(TOOLS)/installed
 	$(TEST_ENV) $(TOOLS)/bin/python -m pytest tests/test_saebench.py tests/test_dashboard.py
 
 compatibility: $(VENV)/installed $(TOOLS)/installed
-	rm -f docs/compatibility.md
 	$(TEST_ENV) $(BIN)/python -m pytest tests --compatibility docs/compatibility.md
 	$(TEST_ENV) $(TOOLS)/bin/python -m pytest tests/test_saebench.py tests/test_dashboard.py --compatibility docs/compatibility.md
 
