@@ -195,6 +195,9 @@ def test_bad_arguments_are_named_before_any_work(built, output, monkeypatch):
         ),
         "OPENAI_API_KEY": lambda: run(built, ["autointerp"], output),
         "lacks hook_name": lambda: run(nameless, ["core"], output),
+        "'itda' belongs to the model 'itda-embedded-seed0', but was given .*seed1": lambda: evals.saebench(
+            built, model=embedded.path(1)
+        ),
         "'itda-embedded-seed0' is neither a model that TransformerLens knows": lambda: evals.saebench(built),
     }.items():
         with pytest.raises(ValueError, match=message):

@@ -22,7 +22,7 @@ import torch
 from sae_lens import SAE
 
 from itda_lens.sae import ITDA
-from itda_lens.streams.models import listed, official_name
+from itda_lens.streams.models import check_model_name, listed, official_name
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,8 @@ def saebench(
 
     Raises:
         ImportError: SAEBench is not installed.
-        ValueError: an eval, setting or model that is not known, or metadata or a key that is missing; before any work.
+        ValueError: an eval, setting or model that is not known, a model that an SAE was not built on, or metadata or a
+            key that is missing; before any work.
         RuntimeError: an eval has ended without a result.
     """
     named = saes if isinstance(saes, Mapping) else {saes.cfg.architecture(): saes}
@@ -216,6 +217,7 @@ def _check(
         if missing and not (model and missing == ["model_name"]):
             raise ValueError(f"the metadata of {label!r} lacks {', '.join(missing)}: set sae.cfg.metadata.{missing[0]}")
         source = str(model or metadata.model_name)
+        check_model_name(metadata, source, repr(label))
         if not Path(source).is_dir():
             official_name(source)
     if "autointerp" in evals and not os.environ.get("OPENAI_API_KEY"):

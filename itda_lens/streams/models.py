@@ -97,7 +97,12 @@ def check_model(metadata: SAEMetadata, model: HookedModel, what: str = "this dic
 
     Owner, folder and alias of a name count for nothing: `gpt2-small` is `openai-community/gpt2`.
     """
-    named, given = metadata.model_name, model.cfg.model_name
+    check_model_name(metadata, model.cfg.model_name, what)
+
+
+def check_model_name(metadata: SAEMetadata, given: str, what: str = "this dictionary") -> None:
+    """As `check_model`, for a model that is known by name or folder alone."""
+    named = metadata.model_name
     if named and given and _plain_name(str(named)) != _plain_name(given):
         raise ValueError(
             f"{what} belongs to the model {named!r}, but was given {given!r}: pass the model that it was built on, "
