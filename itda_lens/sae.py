@@ -25,7 +25,7 @@ from itda_lens.pursuit import (
     coefficients_on_path,
     decode_dense,
     matching_pursuit,
-    pursue,
+    pursue_correlations,
 )
 
 ARCHITECTURE = "itda"
@@ -324,7 +324,7 @@ class ITDA(SAE[ITDAConfig]):
         correlations = self.hook_sae_acts_pre(sae_in.to(dtype) @ atoms.T)
         start = correlations.detach().reshape(-1, self.cfg.d_sae)
         gram, nonnegative = self._gram.get(self.W_dec), self.cfg.nonnegative
-        values, indices = pursue(start.clone(), atoms.detach(), gram, k, nonnegative=nonnegative)
+        values, indices = pursue_correlations(start.clone(), atoms.detach(), gram, k, nonnegative=nonnegative)
         if torch.is_grad_enabled():
             on_path = correlations.reshape(start.shape).gather(-1, indices)
             values = coefficients_on_path(on_path, atoms[indices], values != 0)

@@ -9,9 +9,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-import itda_lens.pursuit.api as api
+import itda_lens.pursuit.solver as solver
 from itda_lens import SparseCodes, matching_pursuit
-from itda_lens.pursuit import GramCache, decode_dense, gram_matrix, matching_pursuit_reference, pursue, pursue_eager
+from itda_lens.pursuit import (
+    GramCache,
+    decode_dense,
+    gram_matrix,
+    matching_pursuit_reference,
+    pursue,
+    pursue_correlations,
+    pursue_eager,
+)
 
 SHAPES = [(1, 4, 4, 1), (7, 16, 40, 5), (33, 24, 300, 12), (5, 8, 3, 10), (64, 32, 129, 32)]
 OPTIONS = [{}, {"nonnegative": True}, {"tolerance": 0.4}, {"nonnegative": True, "tolerance": 0.6}]
@@ -42,7 +50,7 @@ def test_every_path_is_the_printed_algorithm(options, b, d, n, k):
     expected = matching_pursuit_reference(x, atoms, k, **options)
     assert_same(matching_pursuit(x, atoms, k, **options), expected)
     assert_same(matching_pursuit(x, atoms, k, gram=gram, **options), expected)
-    assert_same(pursue(x @ atoms.T, atoms, gram, k, energy=energy, **options), expected)
+    assert_same(pursue(x, atoms, gram, k, **options), expected)
     assert_same(pursue_eager(x @ atoms.T, atoms, gram, k, energy=energy, **options), expected)
     assert_same(pursue_eager(x @ atoms.T, atoms, None, k, energy=energy, **options), expected)
 
@@ -51,8 +59,8 @@ def test_a_gram_matrix_may_have_room_on_the_right():
     x, atoms = problem(9, 16, 40)
     roomy = torch.full((40, 64), torch.nan, dtype=torch.float64)
     roomy[:, :40] = gram_matrix(atoms)
-    for solver in (pursue, pursue_eager):
-        assert_same(solver(x @ atoms.T, atoms, roomy, 6), matching_pursuit_reference(x, atoms, 6))
+    for path in (pursue_correlations, pursue_eager):
+        assert_same(path(x @ atoms.T, atoms, roomy, 6), matching_pursuit_reference(x, atoms, 6))
 
 
 def test_float32_reaches_the_residual_of_float64():
@@ -197,10 +205,23 @@ def test_threads_do_not_disturb_each_other():
         assert_same(codes, expected)
 
 
+def test_each_thread_takes_its_share_and_torch_keeps_its_own():
+    x, atoms = problem(50, 16, 200)
+    expected, before = matching_pursuit_reference(x, atoms, 8), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 64):
+            torch.set_num_threads(threads)
+            assert_same(matching_pursuit(x, atoms, 8), expected)
+            assert torch.get_num_threads() == threads
+            assert_same(matching_pursuit(x[:1], atoms, 8), SparseCodes(*(t[:1] for t in expected)))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_blocks_do_not_show(monkeypatch):
     x, atoms = problem(50, 8, 30)
     expected = matching_pursuit(x, atoms, 5)
-    monkeypatch.setattr(api, "block_rows", lambda n, device: 7)
+    monkeypatch.setattr(solver, "block_rows", lambda n, device: 7)
     assert_same(matching_pursuit(x, atoms, 5), expected)
 
 

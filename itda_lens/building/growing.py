@@ -80,7 +80,7 @@ class GrowingDictionary:
             empty = x.new_zeros(len(x), k)
             return SparseCodes(empty, torch.zeros_like(empty, dtype=torch.int64))
         gram = None if self._gram is None else self._gram[: self.n]
-        return pursue(x @ self.atoms.T, self.atoms, gram, k)
+        return pursue(x, self.atoms, gram, k)
 
     def _reserve(self, capacity: int) -> None:
         self._atoms = _grown(self._atoms, capacity)

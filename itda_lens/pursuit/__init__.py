@@ -6,7 +6,7 @@ from itda_lens.pursuit.eager import pursue_eager
 from itda_lens.pursuit.gradient import coefficients_on_path
 from itda_lens.pursuit.gram import GRAM_LIMIT_BYTES, GramCache, gram_fits, gram_matrix
 from itda_lens.pursuit.reference import matching_pursuit_reference
-from itda_lens.pursuit.solver import pursue
+from itda_lens.pursuit.solver import pursue, pursue_correlations
 
 __all__ = [
     "GRAM_LIMIT_BYTES",
@@ -20,5 +20,6 @@ __all__ = [
     "matching_pursuit",
     "matching_pursuit_reference",
     "pursue",
+    "pursue_correlations",
     "pursue_eager",
 ]

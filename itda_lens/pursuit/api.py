@@ -7,7 +7,7 @@ from torch import Tensor
 from itda_lens.pursuit.codes import SparseCodes
 from itda_lens.pursuit.gradient import differentiable
 from itda_lens.pursuit.gram import gram_fits, gram_matrix
-from itda_lens.pursuit.solver import block_rows, pursue
+from itda_lens.pursuit.solver import pursue
 
 NORM_TOLERANCE = 2e-2
 """Atoms may be off unit length by this much: the rounding of bfloat16, with room."""
@@ -54,23 +54,10 @@ def matching_pursuit(
     gram = _gram_if_it_pays(len(flat), work, k) if gram is None else gram.to(work).contiguous()
 
     def solve() -> SparseCodes:
-        return _in_blocks(flat.detach(), work.detach(), gram, k, nonnegative, tolerance)
+        return pursue(flat.detach(), work.detach(), gram, k, nonnegative=nonnegative, tolerance=tolerance)
 
     values, indices = differentiable(flat, work, solve)
     return SparseCodes(values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k))
-
-
-@torch.no_grad()
-def _in_blocks(
-    x: Tensor, atoms: Tensor, gram: Tensor | None, k: int, nonnegative: bool, tolerance: float
-) -> SparseCodes:
-    parts = []
-    for block in x.split(block_rows(len(atoms), x.device)):
-        energy = block.square().sum(dim=-1)
-        parts.append(
-            pursue(block @ atoms.T, atoms, gram, k, nonnegative=nonnegative, energy=energy, tolerance=tolerance)
-        )
-    return SparseCodes(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def _gram_if_it_pays(b: int, atoms: Tensor, k: int) -> Tensor | None:

@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from itda_lens.pursuit.product import inner_products
+
 GRAM_LIMIT_BYTES = 4 * 2**30
 """A Gram matrix above this size is not made; the solver then computes the rows that it needs."""
 
@@ -11,7 +13,7 @@ GRAM_LIMIT_BYTES = 4 * 2**30
 def gram_matrix(atoms: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
     """The inner products of all pairs of atoms, in float32 (float64 for float64 atoms)."""
     work = atoms.detach().to(torch.promote_types(atoms.dtype, torch.float32))
-    return work @ work.T
+    return inner_products(work, work)
 
 
 def gram_fits(n: int, element_bytes: int = 4) -> bool:

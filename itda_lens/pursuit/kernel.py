@@ -8,55 +8,75 @@ from typing import Any, no_type_check
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba.extending import intrinsic
 
-_FAST = {"nnan", "ninf", "nsz", "reassoc", "contract"}
-_TILE = 128
-"""Correlations per partial maximum: a maximum of values vectorises where that of positions does not."""
+FAST = {"nnan", "ninf", "nsz", "reassoc", "contract"}
+TILE = 256
+"""Correlations per partial maximum: the place of the largest is searched in one tile alone."""
 
 
-@numba.njit(nogil=True, cache=True, fastmath=_FAST)
+@intrinsic
 @no_type_check
-def _pursue(correlations, gram, values, indices, left, floor, nonnegative, start, stop):
+def larger(typing_context, a, b):
+    """The larger of two floats, as an instruction that LLVM vectorises, which it does not do with Python's `max`."""
+
+    def emit(context, builder, signature, args):
+        kind = args[0].type
+        maximum = builder.module.declare_intrinsic("llvm.maxnum", [kind], ir.FunctionType(kind, [kind, kind]))
+        return builder.call(maximum, args, fastmath=("nnan", "nsz"))
+
+    return a(a, a), emit
+
+
+@numba.njit(nogil=True, cache=True, fastmath=FAST)
+@no_type_check
+def _pursue(correlations, gram, values, indices, left, floor, nonnegative):
     n, k = correlations.shape[1], values.shape[1]
-    tiles = (n + _TILE - 1) // _TILE
-    largest = np.empty(tiles, correlations.dtype)
-    for i in range(start, stop):
+    largest = np.empty((n + TILE - 1) // TILE, correlations.dtype)
+    sign = correlations.dtype.type(0 if nonnegative else -1)
+    for i in range(len(correlations)):
         row = correlations[i]
-        _update(row, row, correlations.dtype.type(0), largest, nonnegative)
+        _update(row, row, row.dtype.type(0), sign, largest)
         for step in range(k):
-            tile = 0
-            for t in range(1, tiles):
-                if largest[t] > largest[tile]:
-                    tile = t
-            if largest[tile] <= 0 or left[i] <= floor[i]:
+            top = row.dtype.type(0)
+            for t in range(len(largest)):
+                top = larger(top, largest[t])
+            if top <= 0 or left[i] <= floor[i]:
                 break
-            j, last = tile * _TILE, min((tile + 1) * _TILE, n) - 1
-            while j < last and (row[j] if nonnegative else abs(row[j])) != largest[tile]:
+            tile = 0
+            while largest[tile] != top:
+                tile += 1
+            j, last = tile * TILE, min((tile + 1) * TILE, n) - 1
+            while j < last and larger(row[j], sign * row[j]) != top:
                 j += 1
             value = row[j]
             values[i, step], indices[i, step] = value, j
             left[i] -= value * value
             if step + 1 < k:
-                _update(row, gram[j], value, largest, nonnegative)
+                _update(row, gram[j], value, sign, largest)
 
 
-@numba.njit(nogil=True, cache=True, inline="always", fastmath=_FAST)
+@numba.njit(nogil=True, cache=True, fastmath=FAST)
 @no_type_check
-def _update(row, gram_row, value, largest, nonnegative):
-    """Subtract `value * gram_row` from `row`, and take the largest entry of each tile."""
+def _update(row, gram_row, value, sign, largest):
+    """Subtract `value * gram_row` from `row`, and take the largest of each tile: in size, or (`sign` 0) as it is."""
     n = len(row)
-    for t in range(len(largest)):
-        first, last = t * _TILE, min((t + 1) * _TILE, n)
+    full = n // TILE
+    for t in range(full):  # a loop of constant length, which the compiler unrolls
         top = row.dtype.type(0)
-        if nonnegative:
-            for j in range(first, last):
-                row[j] -= value * gram_row[j]
-                top = max(top, row[j])
-        else:
-            for j in range(first, last):
-                row[j] -= value * gram_row[j]
-                top = max(top, abs(row[j]))
+        for j in range(t * TILE, (t + 1) * TILE):
+            left = row[j] - value * gram_row[j]
+            row[j] = left
+            top = larger(top, larger(left, sign * left))
         largest[t] = top
+    if full < len(largest):
+        top = row.dtype.type(0)
+        for j in range(full * TILE, n):
+            left = row[j] - value * gram_row[j]
+            row[j] = left
+            top = larger(top, larger(left, sign * left))
+        largest[full] = top
 
 
 pursue_rows: Callable[..., Any] = _pursue
