@@ -31,7 +31,7 @@ def contenders(d: int, n: int, k: int, tokens: int, seed: int = 0) -> dict[str, 
     return {
         "one dense product": lambda: x @ atoms.T,
         "itda_lens": lambda: matching_pursuit(x, atoms, k, gram=gram),
-        "plain torch with the Gram matrix": lambda: pursue_eager(x @ atoms.T, atoms, gram, k),
+        "plain torch with the Gram matrix": lambda: pursue_eager(x @ atoms.T, gram, k),
         "plain loop (the paper's Algorithm 2)": lambda: matching_pursuit_reference(x, atoms, k),
         "SAELens MatchingPursuitSAE": lambda: peer.encode(x),
     }

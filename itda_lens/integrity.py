@@ -10,7 +10,7 @@ from sae_lens import SAEConfig
 from torch import Tensor
 
 # Where cfg.json lacks one of these, SAELens goes on with a default, and the codes are others.
-_SETTINGS = ("k", "nonnegative", "apply_b_dec_to_input", "normalize_activations", "reshape_activations")
+_SETTINGS = ("k", "orthogonal", "nonnegative", "apply_b_dec_to_input", "normalize_activations", "reshape_activations")
 # Products of the same rows differ by this share of the rows' lengths at most; by more in half precision.
 _TOLERANCE = 1e-6
 _DIGEST_SIZE = 16

@@ -47,6 +47,8 @@ class ITDAConfig(SAEConfig):
 
     k: int = 32
     """L0: the steps of pursuit, so at most this many different atoms for each activation."""
+    orthogonal: bool = False
+    """After each step all coefficients are the least-squares fit to the chosen atoms."""
     nonnegative: bool = False
     """Only positive coefficients."""
     use_sparse_activations: bool = False
@@ -62,7 +64,7 @@ class ITDAConfig(SAEConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        for name in ("nonnegative", "use_sparse_activations", "apply_b_dec_to_input"):
+        for name in ("orthogonal", "nonnegative", "use_sparse_activations", "apply_b_dec_to_input"):
             if not isinstance(value := getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {value!r}")
         if self.reshape_activations not in ("none", "hook_z"):
@@ -229,11 +231,22 @@ class ITDA(SAE[ITDAConfig]):
         if not 1 <= n <= self.cfg.d_sae:
             raise ValueError(f"n must be between 1 and the {self.cfg.d_sae} atoms of this dictionary, got {n}")
         provenance = None if self.provenance is None else self.provenance.select(range(n))
-        return self._with(self.W_dec[:n], self.cfg.k, provenance)
+        return self._with(self.W_dec[:n], provenance)
 
     def with_k(self, k: int) -> "ITDA":
         """The same dictionary with another L0."""
-        return self._with(self.W_dec, k, self.provenance)
+        return self.with_pursuit(k=k)
+
+    def with_pursuit(self, **settings: Any) -> "ITDA":
+        """The same dictionary with another `k`, `orthogonal` or `nonnegative`; what is not named stays.
+
+        Example:
+            >>> ITDA.from_atoms(torch.eye(3), k=2).with_pursuit(orthogonal=True).cfg.orthogonal
+            True
+        """
+        if unknown := settings.keys() - {"k", "orthogonal", "nonnegative"}:
+            raise TypeError(f"{', '.join(sorted(unknown))}: pursuit has the settings k, orthogonal and nonnegative")
+        return self._with(self.W_dec, self.provenance, **settings)
 
     def nonnegative_view(self) -> "NonnegativeView":
         """The same dictionary with `2 n` latents, `[c+, c-]` over the atoms `[D, -D]`, for tools that test `> 0`.
@@ -314,29 +327,36 @@ class ITDA(SAE[ITDAConfig]):
         return self.process_sae_in(x)
 
     def _pursue(self, sae_in: Tensor) -> SparseCodes:
-        gram = self._gram.get(self.W_dec)
-        return matching_pursuit(sae_in, self.W_dec, self.cfg.k, gram=gram, nonnegative=self.cfg.nonnegative)
+        return self._decompose(sae_in, self.W_dec, self.cfg.nonnegative)
+
+    def _decompose(self, sae_in: Tensor, atoms: Tensor, nonnegative: bool) -> SparseCodes:
+        gram, k, orthogonal = self._gram.get(atoms), self.cfg.k, self.cfg.orthogonal
+        return matching_pursuit(sae_in, atoms, k, gram=gram, nonnegative=nonnegative, orthogonal=orthogonal)
 
     def _pursue_hooked(self, sae_in: Tensor) -> SparseCodes:
         # What a hook makes of the correlations is where pursuit starts.
-        k, dtype = self.cfg.k, torch.promote_types(self.dtype, torch.float32)
-        atoms = self.W_dec.to(dtype)
-        correlations = self.hook_sae_acts_pre(sae_in.to(dtype) @ atoms.T)
-        start = correlations.detach().reshape(-1, self.cfg.d_sae)
-        gram, nonnegative = self._gram.get(self.W_dec), self.cfg.nonnegative
-        values, indices = pursue_correlations(start.clone(), atoms.detach(), gram, k, nonnegative=nonnegative)
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        correlations = self.hook_sae_acts_pre(sae_in.to(dtype) @ self.W_dec.to(dtype).T)
+        return self._pursue_from(correlations, self.W_dec, self.cfg.nonnegative)
+
+    def _pursue_from(self, correlations: Tensor, atoms: Tensor, nonnegative: bool) -> SparseCodes:
+        gram, k, orthogonal = self._gram.get(atoms), self.cfg.k, self.cfg.orthogonal
+        atoms, start = atoms.to(correlations.dtype), correlations.detach().reshape(-1, len(atoms))
+        values, indices = pursue_correlations(
+            start.clone(), atoms.detach(), gram, k, nonnegative=nonnegative, orthogonal=orthogonal
+        )
         if torch.is_grad_enabled():
             on_path = correlations.reshape(start.shape).gather(-1, indices)
-            values = coefficients_on_path(on_path, atoms[indices], values != 0)
+            values = coefficients_on_path(on_path, atoms[indices], values != 0, orthogonal)
         shape = (*correlations.shape[:-1], k)
         return SparseCodes(values.reshape(shape), indices.reshape(shape))
 
-    def _with(self, atoms: Tensor, k: int, provenance: Provenance | None) -> "ITDA":
-        own = {f.name: getattr(self.cfg, f.name) for f in fields(self.cfg)}
-        for name in ("d_in", "d_sae", "k", "metadata"):
+    def _with(self, atoms: Tensor, provenance: Provenance | None, **changes: Any) -> "ITDA":
+        own = {f.name: getattr(self.cfg, f.name) for f in fields(self.cfg)} | changes
+        for name in ("d_in", "d_sae"):
             del own[name]
-        metadata = copy.deepcopy(self.cfg.metadata)
-        return ITDA.from_atoms(atoms, k, bias=self.b_dec, provenance=provenance, metadata=metadata, **own)
+        own["metadata"] = copy.deepcopy(self.cfg.metadata)
+        return ITDA.from_atoms(atoms, bias=self.b_dec, provenance=provenance, **own)
 
 
 class NonnegativeView(ITDA):
@@ -352,13 +372,13 @@ class NonnegativeView(ITDA):
 
     def _pursue(self, sae_in: Tensor) -> SparseCodes:
         n = self.cfg.d_sae // 2
-        atoms = self.W_dec[:n]
-        codes = matching_pursuit(sae_in, atoms, self.cfg.k, gram=self._gram.get(atoms), nonnegative=not self.signed)
-        return self._split(codes.values, codes.indices)
+        return self._split(*self._decompose(sae_in, self.W_dec[:n], not self.signed))
 
-    def _pursue_hooked(self, sae_in: Tensor) -> SparseCodes:
-        values, indices = super()._pursue_hooked(sae_in)
+    def _pursue_from(self, correlations: Tensor, atoms: Tensor, nonnegative: bool) -> SparseCodes:
         n = self.cfg.d_sae // 2
+        if self.cfg.orthogonal:  # a fit over [D, -D] is another where a coefficient changes its sign on the way
+            return self._split(*super()._pursue_from(correlations[..., :n], atoms[:n], not self.signed))
+        values, indices = super()._pursue_from(correlations, atoms, nonnegative)
         return self._split(torch.where(indices < n, values, -values), indices % n)
 
     def _split(self, values: Tensor, indices: Tensor) -> SparseCodes:

@@ -83,7 +83,7 @@ def test_many_blocks_and_retries_change_nothing(monkeypatch):
 def test_a_dictionary_whose_gram_matrix_does_not_fit_is_the_same(monkeypatch):
     x = stream(20)
     expected = places(fed(DictionaryBuilder(D, K, threshold=0.2), x).to_itda())
-    monkeypatch.setattr("itda_lens.pursuit.gram.GRAM_LIMIT_BYTES", 40_000)
+    monkeypatch.setattr("itda_lens.pursuit.gram._limit", 40_000)
     assert len(expected) > 100
     assert places(fed(DictionaryBuilder(D, K, threshold=0.2), x).to_itda()) == expected
 

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from itda_lens.pursuit import SparseCodes, gram_fits, gram_matrix, pursue
+from itda_lens.pursuit import GramRows, SparseCodes, gram_fits, gram_matrix, pursue
 
 
 class GrowingDictionary:
@@ -63,7 +63,7 @@ class GrowingDictionary:
         self._places = torch.cat([self._places[: self.n], torch.stack([row, position], dim=1)])
         self._admission = torch.cat([self.admission, admission])
         self.n = len(self._atoms)
-        self._gram = gram_matrix(self._atoms) if gram_fits(self.n) else None
+        self._gram = gram_matrix(self._atoms) if gram_fits(self.n, self._atoms.device) else None
 
     def keep(self, indices: Int64[Tensor, " m"]) -> None:
         """Keep these atoms alone, in this order."""
@@ -79,13 +79,13 @@ class GrowingDictionary:
         if self.n == 0:
             empty = x.new_zeros(len(x), k)
             return SparseCodes(empty, torch.zeros_like(empty, dtype=torch.int64))
-        gram = None if self._gram is None else self._gram[: self.n]
+        gram = GramRows(self.atoms) if self._gram is None else self._gram[: self.n]
         return pursue(x, self.atoms, gram, k)
 
     def _reserve(self, capacity: int) -> None:
         self._atoms = _grown(self._atoms, capacity)
         self._places, self._admission = _grown(self._places, capacity), _grown(self._admission, capacity)
-        if self._gram is not None and gram_fits(capacity):
+        if self._gram is not None and gram_fits(capacity, self._atoms.device):
             gram = self._gram.new_empty(capacity, capacity)
             gram[: self.n, : self.n] = self._gram[: self.n, : self.n]
             self._gram = gram

@@ -4,22 +4,26 @@ from itda_lens.pursuit.api import check_unit_rows, matching_pursuit
 from itda_lens.pursuit.codes import SparseCodes, decode_dense
 from itda_lens.pursuit.eager import pursue_eager
 from itda_lens.pursuit.gradient import coefficients_on_path
-from itda_lens.pursuit.gram import GRAM_LIMIT_BYTES, GramCache, gram_fits, gram_matrix
+from itda_lens.pursuit.gram import GramCache, GramRows, gram_fits, gram_limit, gram_matrix, set_gram_limit
+from itda_lens.pursuit.orthogonal_eager import pursue_orthogonal_eager
 from itda_lens.pursuit.reference import matching_pursuit_reference
 from itda_lens.pursuit.solver import pursue, pursue_correlations
 
 __all__ = [
-    "GRAM_LIMIT_BYTES",
     "GramCache",
+    "GramRows",
     "SparseCodes",
     "check_unit_rows",
     "coefficients_on_path",
     "decode_dense",
     "gram_fits",
+    "gram_limit",
     "gram_matrix",
     "matching_pursuit",
     "matching_pursuit_reference",
     "pursue",
     "pursue_correlations",
     "pursue_eager",
+    "pursue_orthogonal_eager",
+    "set_gram_limit",
 ]

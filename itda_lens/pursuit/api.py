@@ -6,7 +6,7 @@ from torch import Tensor
 
 from itda_lens.pursuit.codes import SparseCodes
 from itda_lens.pursuit.gradient import differentiable
-from itda_lens.pursuit.gram import gram_fits, gram_matrix
+from itda_lens.pursuit.gram import Gram, GramRows, gram_within_limit
 from itda_lens.pursuit.solver import pursue
 
 NORM_TOLERANCE = 2e-2
@@ -18,8 +18,9 @@ def matching_pursuit(
     atoms: Float[Tensor, "n _"],
     k: int,
     *,
-    gram: Float[Tensor, "_ _"] | None = None,
+    gram: Float[Tensor, "_ _"] | GramRows | None = None,
     nonnegative: bool = False,
+    orthogonal: bool = False,
     tolerance: float = 0.0,
 ) -> SparseCodes:
     """Decompose activations into at most `k` atoms each (arXiv 2505.17769, Algorithm 2; Mallat & Zhang 1993).
@@ -33,8 +34,11 @@ def matching_pursuit(
         x: activations, of any leading shape.
         atoms: the dictionary, rows of unit length.
         k: steps; it may be larger than `n`, as an atom may be chosen again.
-        gram: the inner products of the atoms, float32; computed where it pays if not given.
+        gram: the inner products of the atoms, float32 (or its rows on demand); computed as it pays if not given.
         nonnegative: only positive coefficients; a row stops when no atom correlates positively.
+        orthogonal: after each step all coefficients are the least-squares fit to the chosen atoms (with `nonnegative`,
+            the non-negative one, in which some may be 0), so no atom is chosen twice, and one within the span of those
+            before it is passed over (Batch-OMP: Rubinstein, Zibulevsky & Elad 2008).
         tolerance: a row stops when its residual's norm is at most this part of its own; resolves about 1e-3.
 
     Returns:
@@ -51,22 +55,27 @@ def matching_pursuit(
     _check(x, atoms, k, gram, tolerance)
     dtype = torch.promote_types(torch.promote_types(x.dtype, atoms.dtype), torch.float32)
     flat, work = x.reshape(-1, x.shape[-1]).to(dtype), atoms.to(dtype)
-    gram = _gram_if_it_pays(len(flat), work, k) if gram is None else gram.to(work).contiguous()
 
     def solve() -> SparseCodes:
-        return pursue(flat.detach(), work.detach(), gram, k, nonnegative=nonnegative, tolerance=tolerance)
+        detached, products = work.detach(), gram
+        if products is None:
+            products = _gram_that_pays(len(flat), detached, k)
+        elif isinstance(products, Tensor):
+            products = products.to(detached).contiguous()
+        return pursue(
+            flat.detach(), detached, products, k, nonnegative=nonnegative, orthogonal=orthogonal, tolerance=tolerance
+        )
 
-    values, indices = differentiable(flat, work, solve)
+    values, indices = differentiable(flat, work, solve, orthogonal)
     return SparseCodes(values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k))
 
 
-def _gram_if_it_pays(b: int, atoms: Tensor, k: int) -> Tensor | None:
-    # The matrix costs n products with the atoms; computing rows costs one for each activation and step.
-    n = len(atoms)
-    return gram_matrix(atoms) if n < b * k and gram_fits(n, atoms.element_size()) else None
+def _gram_that_pays(b: int, atoms: Tensor, k: int) -> Gram:
+    # The matrix costs n products with the atoms; computing rows costs one for each activation and step at most.
+    return gram_within_limit(atoms) if len(atoms) < b * k else GramRows(atoms)
 
 
-def _check(x: Tensor, atoms: Tensor, k: int, gram: Tensor | None, tolerance: float) -> None:
+def _check(x: Tensor, atoms: Tensor, k: int, gram: Gram | None, tolerance: float) -> None:
     n, d = atoms.shape
     if n == 0:
         raise ValueError("atoms is empty: matching pursuit needs at least one atom")

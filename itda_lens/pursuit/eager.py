@@ -1,17 +1,17 @@
-"""The hot loop for any device, in plain torch; and the one that needs no Gram matrix."""
+"""The hot loop for any device, in plain torch."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from itda_lens.pursuit.codes import SparseCodes
+from itda_lens.pursuit.gram import Gram
 
 
 @torch.no_grad()
 def pursue_eager(
     correlations: Float[Tensor, "b n"],
-    atoms: Float[Tensor, "n d"],
-    gram: Float[Tensor, "n capacity"] | None,
+    gram: Gram,
     k: int,
     *,
     nonnegative: bool = False,
@@ -22,6 +22,7 @@ def pursue_eager(
     b, n = correlations.shape
     values = correlations.new_zeros(k, b)
     indices = torch.zeros(k, b, dtype=torch.int64, device=correlations.device)
+    gram = gram[:, :n] if isinstance(gram, Tensor) else gram
     left = None if energy is None or tolerance == 0 else energy.clone()
     floor = None if left is None else tolerance**2 * left
     magnitude = correlations if nonnegative else torch.empty_like(correlations)
@@ -40,6 +41,5 @@ def pursue_eager(
             break
         values[step], indices[step] = value, chosen.masked_fill(stopped, 0)
         if step + 1 < k:
-            rows = atoms[chosen] @ atoms.T if gram is None else gram[chosen, :n]
-            correlations.addcmul_(rows, value[:, None], value=-1)
+            correlations.addcmul_(gram[chosen], value[:, None], value=-1)
     return SparseCodes(values.T.contiguous(), indices.T.contiguous())

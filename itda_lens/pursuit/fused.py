@@ -6,6 +6,7 @@ from torch import Tensor
 
 from itda_lens.pursuit.codes import SparseCodes
 from itda_lens.pursuit.kernel import pursue_rows
+from itda_lens.pursuit.orthogonal_kernel import pursue_rows_orthogonal
 
 
 @torch.no_grad()
@@ -15,6 +16,7 @@ def pursue_fused(
     k: int,
     *,
     nonnegative: bool = False,
+    orthogonal: bool = False,
     energy: Float[Tensor, " b"] | None = None,
     tolerance: float = 0.0,
 ) -> SparseCodes:
@@ -26,9 +28,9 @@ def pursue_fused(
     broken = correlations.sum(dim=-1).isfinite().logical_not()
     if broken.any():
         correlations[broken] = 0
-    left = torch.full((b,), torch.inf, dtype=torch.float64) if energy is None else energy.to(torch.float64, copy=True)
-    floor = tolerance**2 * left if tolerance > 0 else torch.full_like(left, -torch.inf)
+    left = torch.zeros(b, dtype=torch.float64) if energy is None else energy.to(torch.float64, copy=True)
+    floor = tolerance**2 * left if tolerance > 0 else torch.full_like(left, torch.finfo(left.dtype).min)
     arrays = (t.numpy() for t in (correlations, gram, values, indices, left, floor))  # views, not copies
-    pursue_rows(*arrays, nonnegative)
+    (pursue_rows_orthogonal if orthogonal else pursue_rows)(*arrays, nonnegative)
     values[broken, 0] = torch.nan
     return SparseCodes(values, indices)

@@ -14,45 +14,50 @@ _CHUNK_ELEMENTS = 2**24
 
 
 def coefficients_on_path(
-    correlations: Float[Tensor, "b k"], chosen: Float[Tensor, "b k d"], used: Tensor
+    correlations: Float[Tensor, "b k"], chosen: Float[Tensor, "b k d"], used: Tensor, orthogonal: bool = False
 ) -> Float[Tensor, "b k"]:
     """The coefficients that pursuit gives when its choices are fixed, as a differentiable function.
 
-    `v_t = <x, d_t> - sum over s < t of v_s <d_s, d_t>` is a lower triangular system with ones on its diagonal.
+    `v_t = <x, d_t> - sum over s < t of v_s <d_s, d_t>` is a lower triangular system with ones on its diagonal; the
+    least-squares fit of orthogonal pursuit solves the whole of it.
 
     Args:
         correlations: `<x, d_t>` for the atoms in order of choice.
         chosen: these atoms.
         used: slots in use `[b, k]`; the others get coefficient 0.
+        orthogonal: the coefficients were fitted together.
     """
     chosen = chosen * used[..., None]
-    system = (chosen @ chosen.mT).tril(-1) + torch.eye(chosen.shape[-2], dtype=chosen.dtype, device=chosen.device)
-    right = (correlations * used)[..., None]
+    products, right = chosen @ chosen.mT, (correlations * used)[..., None]
+    if orthogonal:
+        return torch.linalg.solve(products + torch.diag_embed((~used).to(products)), right)[..., 0]
+    system = products.tril(-1) + torch.eye(chosen.shape[-2], dtype=chosen.dtype, device=chosen.device)
     return torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)[..., 0]
 
 
 def differentiable(
-    x: Float[Tensor, "b d"], atoms: Float[Tensor, "n d"], solve: Callable[[], SparseCodes]
+    x: Float[Tensor, "b d"], atoms: Float[Tensor, "n d"], solve: Callable[[], SparseCodes], orthogonal: bool
 ) -> SparseCodes:
     """The codes that `solve` returns, with gradients to `x` and `atoms`; costs nothing before the backward pass."""
     if not (torch.is_grad_enabled() and (x.requires_grad or atoms.requires_grad)):
         return solve()
-    return SparseCodes(*_Pursuit.apply(x, atoms, solve))  # type: ignore[misc]
+    return SparseCodes(*_Pursuit.apply(x, atoms, solve, orthogonal))  # type: ignore[misc]
 
 
 class _Pursuit(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, atoms: Tensor, solve: Callable[[], SparseCodes]
+        ctx: Any, x: Tensor, atoms: Tensor, solve: Callable[[], SparseCodes], orthogonal: bool
     ) -> tuple[Tensor, Int64[Tensor, "b k"]]:
         values, indices = solve()
         ctx.save_for_backward(x, atoms, values, indices)
         ctx.mark_non_differentiable(indices)
+        ctx.orthogonal = orthogonal
         return values, indices
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_values: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_values: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
         x, atoms, values, indices = ctx.saved_tensors
         grad_x = torch.empty_like(x)
         grad_atoms = torch.zeros_like(atoms) if ctx.needs_input_grad[1] else None
@@ -62,8 +67,8 @@ class _Pursuit(torch.autograd.Function):
             chosen = atoms[indices[part]].detach().requires_grad_()
             with torch.enable_grad():
                 correlations = torch.einsum("bkd,bd->bk", chosen, x_part)
-                replayed = coefficients_on_path(correlations, chosen, values[part] != 0)
+                replayed = coefficients_on_path(correlations, chosen, values[part] != 0, ctx.orthogonal)
             grad_x[part], grad_chosen = torch.autograd.grad(replayed, (x_part, chosen), grad_values[part])
             if grad_atoms is not None:
                 grad_atoms.index_add_(0, indices[part].flatten(), grad_chosen.flatten(0, 1))
-        return grad_x, grad_atoms, None
+        return grad_x, grad_atoms, None, None

@@ -1,24 +1,121 @@
 """The Gram matrix of the atoms: what makes a step of pursuit one row of additions instead of a product."""
 
+import warnings
+from functools import cache
+from threading import Lock
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from itda_lens.pursuit.product import inner_products
 
-GRAM_LIMIT_BYTES = 4 * 2**30
-"""A Gram matrix above this size is not made; the solver then computes the rows that it needs."""
+_CPU_LIMIT = 4 * 2**30
+_limit: int | None = None
+
+
+def gram_limit(device: torch.device | str = "cpu") -> int:
+    """How many bytes a Gram matrix may take: what `set_gram_limit` set, else 4 GiB, or a quarter of a GPU's memory."""
+    device = torch.device(device)
+    if _limit is not None:
+        return _limit
+    return torch.cuda.get_device_properties(device).total_memory // 4 if device.type == "cuda" else _CPU_LIMIT
+
+
+def set_gram_limit(size: int | None) -> None:
+    """Let a Gram matrix take `size` bytes at most, in this process; None brings the defaults back.
+
+    A dictionary of `n` atoms needs `4 n^2` bytes. Above the limit, pursuit makes the rows that it needs and keeps as
+    many as the limit allows: the same codes, more slowly.
+
+    Raises:
+        ValueError: `size` is negative.
+
+    Example:
+        >>> set_gram_limit(16 * 2**30)  # 65,536 atoms
+        >>> set_gram_limit(None)
+    """
+    global _limit
+    if size is not None and size < 0:
+        raise ValueError(f"the limit is a number of bytes and can't be negative, got {size}; 0 keeps no matrix at all")
+    _limit = size
+
+
+def gram_fits(n: int, device: torch.device | str = "cpu", element_bytes: int = 4) -> bool:
+    """Whether the Gram matrix of `n` atoms stays within `gram_limit`."""
+    return n * n * element_bytes <= gram_limit(device)
 
 
 def gram_matrix(atoms: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
     """The inner products of all pairs of atoms, in float32 (float64 for float64 atoms)."""
-    work = atoms.detach().to(torch.promote_types(atoms.dtype, torch.float32))
+    work = _work(atoms)
     return inner_products(work, work)
 
 
-def gram_fits(n: int, element_bytes: int = 4) -> bool:
-    """Whether the Gram matrix of `n` atoms stays within `GRAM_LIMIT_BYTES`."""
-    return n * n * element_bytes <= GRAM_LIMIT_BYTES
+class GramRows:
+    """Rows of a Gram matrix that is too large to hold: made when asked for, kept while the limit allows.
+
+    Text uses some atoms far more than others, so most rows that are asked for are there already.
+
+    Example:
+        >>> GramRows(torch.eye(3))[torch.tensor([2, 0])]
+        tensor([[0., 0., 1.],
+                [1., 0., 0.]])
+    """
+
+    def __init__(self, atoms: Float[Tensor, "n d"]):
+        self._atoms = _work(atoms)
+        self._held = self._atoms.new_empty(0, len(atoms))
+        self._place = torch.full((len(atoms),), -1, device=atoms.device)
+        self._count = 0
+        self._lock = Lock()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self._atoms), len(self._atoms)
+
+    def diagonal(self) -> Float[Tensor, " n"]:
+        return self._atoms.square().sum(dim=-1)
+
+    @torch.no_grad()
+    def __getitem__(self, chosen: Int64[Tensor, " b"]) -> Float[Tensor, "b n"]:
+        with self._lock:
+            missing = chosen[self._place[chosen] < 0].unique()
+            if self._count + len(missing) > self._room():
+                self._place.fill_(-1)
+                self._count, missing = 0, chosen.unique()
+            if len(missing) > self._room():
+                return inner_products(self._atoms[chosen], self._atoms)
+            if len(missing):
+                self._keep(missing)
+            return self._held[self._place[chosen]]
+
+    def _room(self) -> int:
+        row_bytes = len(self._atoms) * self._atoms.element_size()
+        return min(len(self._atoms), gram_limit(self._atoms.device) // row_bytes)
+
+    def _keep(self, missing: Tensor) -> None:
+        stop = self._count + len(missing)
+        if stop > len(self._held):
+            held = self._held.new_empty(min(self._room(), max(stop, 2 * len(self._held))), len(self._atoms))
+            held[: self._count] = self._held[: self._count]
+            self._held = held
+        self._held[self._count : stop] = inner_products(self._atoms[missing], self._atoms)
+        self._place[missing] = torch.arange(self._count, stop, device=missing.device)
+        self._count = stop
+
+
+Gram = Tensor | GramRows
+
+
+def gram_within_limit(atoms: Float[Tensor, "n d"]) -> Gram:
+    """The Gram matrix of the atoms, or its rows on demand where it would not fit; says so once."""
+    work = _work(atoms)
+    size, limit = len(work) ** 2 * work.element_size(), gram_limit(work.device)
+    if size <= limit:
+        return gram_matrix(work)
+    _say_once(len(work), size, limit)
+    return GramRows(work)
 
 
 class GramCache:
@@ -30,7 +127,7 @@ class GramCache:
     """
 
     def __init__(self) -> None:
-        self._gram: Tensor | None = None
+        self._gram: Gram | None = None
         self._key: tuple[object, ...] = ()
         self._print: Tensor | None = None
 
@@ -38,23 +135,34 @@ class GramCache:
         return GramCache, ()
 
     @torch.no_grad()
-    def get(self, atoms: Float[Tensor, "n d"]) -> Float[Tensor, "n n"] | None:
-        """The Gram matrix of `atoms`; none where it would not fit."""
-        n, d = atoms.shape
-        if not gram_fits(n):
-            self._gram = self._print = None
-            return None
-        key = (atoms.data_ptr(), atoms.shape, atoms.stride(), atoms.dtype, atoms.device)
+    def get(self, atoms: Float[Tensor, "n d"]) -> Gram:
+        """The Gram matrix of `atoms`, whole or by rows."""
+        d = atoms.shape[1]
+        key = (atoms.data_ptr(), atoms.shape, atoms.stride(), atoms.dtype, atoms.device, gram_limit(atoms.device))
         with torch.inference_mode(False):
             fingerprint = atoms.detach() @ _probe(d).to(atoms)
-            if self._print is None or key != self._key or not torch.equal(fingerprint, self._print):
-                self._gram, self._key, self._print = gram_matrix(atoms), key, fingerprint
+            if self._gram is None or self._print is None or key != self._key or not fingerprint.equal(self._print):
+                self._gram, self._key, self._print = None, key, fingerprint  # not two matrices at once
+                self._gram = gram_within_limit(atoms)
         return self._gram
 
     @property
     def is_warm(self) -> bool:
         """Whether a matrix is held."""
         return self._gram is not None
+
+
+def _work(atoms: Tensor) -> Tensor:
+    return atoms.detach().to(torch.promote_types(atoms.dtype, torch.float32))
+
+
+@cache
+def _say_once(n: int, size: int, limit: int) -> None:
+    warnings.warn(
+        f"the Gram matrix of {n:,} atoms takes {size / 2**30:.2g} GiB, more than the {limit / 2**30:.2g} GiB it may: "
+        "pursuit makes the rows that it needs, more slowly. itda_lens.pursuit.set_gram_limit sets how much it may take",
+        stacklevel=4,
+    )
 
 
 def _probe(d: int) -> Tensor:

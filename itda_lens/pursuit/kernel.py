@@ -8,28 +8,14 @@ from typing import Any, no_type_check
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba.extending import intrinsic
 
-FAST = {"nnan", "ninf", "nsz", "reassoc", "contract"}
+from itda_lens.pursuit.vector import FAST, larger
+
 TILE = 256
 """Correlations per partial maximum: the place of the largest is searched in one tile alone."""
 
 
-@intrinsic
-@no_type_check
-def larger(typing_context, a, b):
-    """The larger of two floats, as an instruction that LLVM vectorises, which it does not do with Python's `max`."""
-
-    def emit(context, builder, signature, args):
-        kind = args[0].type
-        maximum = builder.module.declare_intrinsic("llvm.maxnum", [kind], ir.FunctionType(kind, [kind, kind]))
-        return builder.call(maximum, args, fastmath=("nnan", "nsz"))
-
-    return a(a, a), emit
-
-
-@numba.njit(nogil=True, cache=True, fastmath=FAST)
+@numba.njit(nogil=True, cache=True, fastmath=set(FAST))
 @no_type_check
 def _pursue(correlations, gram, values, indices, left, floor, nonnegative):
     n, k = correlations.shape[1], values.shape[1]
@@ -57,7 +43,7 @@ def _pursue(correlations, gram, values, indices, left, floor, nonnegative):
                 _update(row, gram[j], value, sign, largest)
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST)
+@numba.njit(nogil=True, cache=True, fastmath=set(FAST))
 @no_type_check
 def _update(row, gram_row, value, sign, largest):
     """Subtract `value * gram_row` from `row`, and take the largest of each tile: in size, or (`sign` 0) as it is."""

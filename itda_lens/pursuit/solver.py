@@ -9,6 +9,8 @@ from torch import Tensor
 from itda_lens.pursuit.codes import SparseCodes
 from itda_lens.pursuit.eager import pursue_eager
 from itda_lens.pursuit.fused import pursue_fused
+from itda_lens.pursuit.gram import Gram
+from itda_lens.pursuit.orthogonal_eager import pursue_orthogonal_eager
 from itda_lens.pursuit.product import inner_products
 from itda_lens.pursuit.threads import in_threads
 
@@ -20,10 +22,11 @@ _BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}
 def pursue(
     x: Float[Tensor, "b d"],
     atoms: Float[Tensor, "n d"],
-    gram: Float[Tensor, "n capacity"] | None,
+    gram: Gram,
     k: int,
     *,
     nonnegative: bool = False,
+    orthogonal: bool = False,
     tolerance: float = 0.0,
 ) -> SparseCodes:
     """Matching pursuit of any number of activations, in blocks.
@@ -31,26 +34,20 @@ def pursue(
     Args:
         x: activations, of the dtype of the atoms.
         atoms: the dictionary.
-        gram: the Gram matrix, perhaps with room on the right; rows are computed from the atoms without it.
+        gram: its Gram matrix, perhaps with room on the right, or the rows of it on demand.
         k: steps.
         nonnegative: choose among positive correlations alone, and stop when there is none.
+        orthogonal: fit all coefficients anew at each step.
         tolerance: relative residual norm at which a row stops; in float32 it resolves about 1e-3.
     """
+    settings = {"nonnegative": nonnegative, "orthogonal": orthogonal, "tolerance": tolerance}
 
     def solve(rows: slice) -> SparseCodes:
-        with torch.no_grad():  # a setting of the thread
-            parts = [
-                _pursue_block(
-                    inner_products(block, atoms),
-                    atoms,
-                    gram,
-                    k,
-                    nonnegative=nonnegative,
-                    energy=block.square().sum(dim=-1),
-                    tolerance=tolerance,
-                )
-                for block in x[rows].split(block_rows(len(atoms), x.device))
-            ]
+        parts = []
+        with torch.no_grad():  # a setting of each thread
+            for block in x[rows].split(block_rows(len(atoms), x.device)):
+                energy = block.square().sum(dim=-1)
+                parts.append(_block(inner_products(block, atoms), atoms, gram, k, energy=energy, **settings))
         return SparseCodes(*map(torch.cat, zip(*parts, strict=True)))
 
     return in_threads(solve, len(x)) if _is_compiled(x, gram) else solve(slice(None))
@@ -60,12 +57,13 @@ def pursue(
 def pursue_correlations(
     correlations: Float[Tensor, "b n"],
     atoms: Float[Tensor, "n d"],
-    gram: Float[Tensor, "n capacity"] | None,
+    gram: Gram,
     k: int,
     *,
     nonnegative: bool = False,
+    orthogonal: bool = False,
 ) -> SparseCodes:
-    """Matching pursuit from `<x, d_j>`: `x` itself is not needed. Overwrites `correlations` with the residual's.
+    """Matching pursuit from `<x, d_j>`: `x` itself is not needed. May overwrite `correlations`.
 
     Subtracting `v d_i` from the residual subtracts `v <d_i, d_j>` from its correlation with each atom `j`
     (Mallat & Zhang 1993, eq. 19), which is `v` times a row of the Gram matrix; the residual's squared norm
@@ -73,7 +71,7 @@ def pursue_correlations(
     """
 
     def solve(rows: slice) -> SparseCodes:
-        return _pursue_block(correlations[rows], atoms, gram, k, nonnegative=nonnegative)
+        return _block(correlations[rows], atoms, gram, k, nonnegative=nonnegative, orthogonal=orthogonal)
 
     return in_threads(solve, len(correlations)) if _is_compiled(correlations, gram) else solve(slice(None))
 
@@ -83,11 +81,15 @@ def block_rows(n: int, device: torch.device) -> int:
     return max(16, _BLOCK_ELEMENTS.get(device.type, 2**24) // max(n, 1))
 
 
-def _is_compiled(x: Tensor, gram: Tensor | None) -> bool:
-    return gram is not None and x.device.type == "cpu"
+def _is_compiled(x: Tensor, gram: Gram) -> bool:
+    return isinstance(gram, Tensor) and x.device.type == "cpu"
 
 
-def _pursue_block(correlations: Tensor, atoms: Tensor, gram: Tensor | None, k: int, **settings: Any) -> SparseCodes:
-    if gram is not None and _is_compiled(correlations, gram):
-        return pursue_fused(correlations, gram, k, **settings)
-    return pursue_eager(correlations, atoms, gram, k, **settings)
+def _block(
+    correlations: Tensor, atoms: Tensor, gram: Gram, k: int, *, orthogonal: bool, **settings: Any
+) -> SparseCodes:
+    if isinstance(gram, Tensor) and _is_compiled(correlations, gram):
+        return pursue_fused(correlations, gram, k, orthogonal=orthogonal, **settings)
+    if orthogonal:
+        return pursue_orthogonal_eager(correlations, atoms, k, **settings)
+    return pursue_eager(correlations, gram, k, **settings)
