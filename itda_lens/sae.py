@@ -343,7 +343,7 @@ class ITDA(SAE[ITDAConfig]):
         gram, k, orthogonal = self._gram.get(atoms), self.cfg.k, self.cfg.orthogonal
         atoms, start = atoms.to(correlations.dtype), correlations.detach().reshape(-1, len(atoms))
         values, indices = pursue_correlations(
-            start.clone(), atoms.detach(), gram, k, nonnegative=nonnegative, orthogonal=orthogonal
+            start, atoms.detach(), gram, k, nonnegative=nonnegative, orthogonal=orthogonal
         )
         if torch.is_grad_enabled():
             on_path = correlations.reshape(start.shape).gather(-1, indices)

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from itda_lens import ITDA, DictionaryBuilder, Provenance
+from itda_lens import ITDA, DictionaryBuilder, Provenance, matching_pursuit
 from itda_lens.building.losses import LOSSES
+from itda_lens.building.paths import changed_eager, mark_changed
 from itda_lens.pursuit import matching_pursuit_reference
 
 D, K = 24, 4
@@ -166,8 +167,10 @@ def test_all_zero_activations_and_duplicates_never_become_atoms():
 
 def test_trailing_dimensions_are_flattened():
     x = stream()
-    heads = fed(DictionaryBuilder(D, K, threshold=0.3), x.unflatten(-1, (4, 6))).to_itda()
-    assert torch.equal(heads.atoms.data, fed(DictionaryBuilder(D, K, threshold=0.3), x).to_itda().atoms.data)
+    heads = fed(DictionaryBuilder(D, K, threshold=0.3, center_tokens=100), x.unflatten(-1, (4, 6))).to_itda()
+    assert torch.equal(
+        heads.atoms.data, fed(DictionaryBuilder(D, K, threshold=0.3, center_tokens=100), x).to_itda().atoms.data
+    )
 
 
 def test_a_saved_state_goes_on_as_if_nothing_had_happened(tmp_path):
@@ -364,3 +367,32 @@ def test_provenance_names_the_tokens_of_each_atom():
     assert isinstance(prov, Provenance)
     for i, (row, position) in enumerate(prov.identities("position")):
         assert prov.tokens(i) == tokens[row, : position + 1].tolist()
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["all steps taken", "left early"])
+def test_paths_that_a_new_atom_changes_are_those_that_pursuit_would_change(ended):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 8, generator=generator, dtype=torch.float64)
+    atoms = normalize(torch.randn(21, 8, generator=generator, dtype=torch.float64), dim=-1)
+    tolerance = 0.7 if ended else 0.0
+    codes = matching_pursuit(x, atoms[:20], 4, tolerance=tolerance)
+    after = matching_pursuit(x, atoms, 4, tolerance=tolerance)
+    differs = (codes.indices != after.indices).any(-1) | (codes.values != after.values).any(-1)
+    assert 0.01 < differs.float().mean() < 0.5
+    product, products = x @ atoms[20], atoms[:20] @ atoms[20]
+    stale, left = torch.zeros(300, dtype=torch.bool), torch.full((300,), ended)
+    mark_changed(stale, product, products, codes, left)
+    assert torch.equal(stale, differs)
+    assert torch.equal(changed_eager(product, products, codes, left), differs)
+
+
+def test_a_token_leaves_as_soon_as_it_is_below_the_threshold_and_the_same_atoms_are_chosen(monkeypatch):
+    x = stream(20)
+    builder = DictionaryBuilder(D, K, threshold=0.3, center_tokens=100)
+    stats = builder.update(x)
+    whole = LOSSES["relative"]._replace(falls_with_steps=False)
+    monkeypatch.setitem(LOSSES, "relative", whole)
+    other = DictionaryBuilder(D, K, threshold=0.3, center_tokens=100)
+    to_the_end = other.update(x)
+    assert places(builder.to_itda()) == places(other.to_itda())
+    assert to_the_end.loss < stats.loss < 0.6

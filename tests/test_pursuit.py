@@ -207,7 +207,7 @@ def test_threads_do_not_disturb_each_other():
 
 
 def test_each_thread_takes_its_share_and_torch_keeps_its_own():
-    x, atoms = problem(50, 16, 200)
+    x, atoms = problem(100, 16, 200)
     expected, before = matching_pursuit_reference(x, atoms, 8), torch.get_num_threads()
     try:
         for threads in (1, 2, 3, 64):

@@ -31,7 +31,10 @@ class BuildStats(NamedTuple):
     dropped: int
     """Atoms dropped by this call, since the threshold has moved above their loss."""
     loss: float
-    """Mean loss of the tokens that this call judged, each against the atoms before it; NaN where there were none."""
+    """Mean loss of the tokens that this call judged, each against the atoms before it; NaN where there were none.
+
+    With the `relative` loss a token leaves pursuit as soon as it is below the threshold, and that is its loss here.
+    """
     threshold: float
     """The loss above which a token becomes an atom, now."""
     done: bool

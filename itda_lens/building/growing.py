@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from itda_lens.pursuit import GramRows, SparseCodes, gram_fits, gram_matrix, pursue
+from itda_lens.pursuit import GramRows, SparseCodes, gram_fits, gram_matrix, pursue_correlations
 
 
 class GrowingDictionary:
@@ -36,9 +36,10 @@ class GrowingDictionary:
     def admission(self) -> Float64[Tensor, " n"]:
         return self._admission[: self.n]
 
-    def add(self, atom: Float[Tensor, " d"], row: int, position: int, loss: float) -> Float[Tensor, " n"]:
-        """Append a unit vector; returns its inner products with the atoms before it."""
-        products = self.atoms @ atom
+    def add(
+        self, atom: Float[Tensor, " d"], products: Float[Tensor, " n"], row: int, position: int, loss: float
+    ) -> None:
+        """Append a unit vector, given its inner products with the atoms before it."""
         n = self.n
         if n == len(self._atoms):
             self._reserve(max(64, n + n // 2))
@@ -49,7 +50,6 @@ class GrowingDictionary:
             self._gram[n, n] = atom @ atom
         self._places[n, 0], self._places[n, 1], self._admission[n] = row, position, loss
         self.n += 1
-        return products
 
     def extend(
         self,
@@ -74,13 +74,15 @@ class GrowingDictionary:
         self._places, self._admission = self._places[indices], self._admission[indices]
         self.n = len(indices)
 
-    def pursue(self, x: Float[Tensor, "b d"], k: int) -> SparseCodes:
-        """Matching pursuit of one block, with the atoms so far; empty codes where there are none."""
+    def pursue(
+        self, products: Float[Tensor, "b n"], energy: Float[Tensor, " b"], k: int, tolerance: float
+    ) -> SparseCodes:
+        """Matching pursuit with the atoms so far, from the products with them; empty codes where there are none."""
         if self.n == 0:
-            empty = x.new_zeros(len(x), k)
+            empty = products.new_zeros(len(products), k)
             return SparseCodes(empty, torch.zeros_like(empty, dtype=torch.int64))
         gram = GramRows(self.atoms) if self._gram is None else self._gram[: self.n]
-        return pursue(x, self.atoms, gram, k)
+        return pursue_correlations(products, self.atoms, gram, k, energy=energy, tolerance=tolerance)
 
     def _reserve(self, capacity: int) -> None:
         self._atoms = _grown(self._atoms, capacity)

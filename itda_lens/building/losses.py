@@ -17,6 +17,8 @@ class Loss(NamedTuple):
     """From activations, reconstructions (both `[b, d]`, raw) and the bias `[d]` to losses `[b]`."""
     upper: Callable[[int, bool], float]
     """The largest value that it can take, given the width and whether the mean is removed; the smallest is 0."""
+    falls_with_steps: bool = False
+    """Whether it is a squared relative residual norm, which no further step of pursuit raises."""
 
 
 def relative(x: Float[Tensor, "b d"], x_hat: Float[Tensor, "b d"], bias: Float[Tensor, " d"]) -> Float[Tensor, " b"]:
@@ -36,7 +38,7 @@ def paper(x: Float[Tensor, "b d"], x_hat: Float[Tensor, "b d"], bias: Float[Tens
 
 
 LOSSES: dict[str, Loss] = {
-    "relative": Loss(relative, lambda d, centered: 1.0),
+    "relative": Loss(relative, lambda d, centered: 1.0, falls_with_steps=True),
     "cosine": Loss(cosine, lambda d, centered: 2.0 if centered else 1.0),
     "paper": Loss(paper, lambda d, centered: 2.0 / d),
 }

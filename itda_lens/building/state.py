@@ -1,5 +1,6 @@
 """What a build carries from token to token."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +11,9 @@ from itda_lens.building.growing import GrowingDictionary
 from itda_lens.building.losses import Loss
 from itda_lens.building.sizing import Sizing
 from itda_lens.pursuit import SparseCodes
+
+_ROOM = 1 - 1e-4
+"""The residual norm at which a token leaves the loop is known to within rounding only."""
 
 
 @dataclass
@@ -49,6 +53,17 @@ class BuildState:
     def done(self) -> bool:
         """Whether the size or the budget is reached."""
         return self.sizing.is_done(self.tally.tokens, self.dictionary.n)
+
+    def encode(
+        self, x: Float[Tensor, "b d"], products: Float[Tensor, "b n"]
+    ) -> tuple[SparseCodes, Float[Tensor, " b"]]:
+        """The codes of raw activations under the atoms so far, and their losses; `products` are of `x - bias`.
+
+        Where further steps can't raise the loss, a token leaves the loop as soon as it is at or below the threshold.
+        """
+        leaves = math.sqrt(self.sizing.threshold) * _ROOM if self.loss.falls_with_steps else 0.0
+        codes = self.dictionary.pursue(products, (x - self.bias).square().sum(dim=-1), self.k, leaves)
+        return codes, self.losses(x, codes)
 
     def losses(self, x: Float[Tensor, "b d"], codes: SparseCodes) -> Float[Tensor, " b"]:
         """The loss of each raw activation under its code; 0 for all-zero activations, which never become atoms."""

@@ -6,8 +6,10 @@ from itda_lens.pursuit.eager import pursue_eager
 from itda_lens.pursuit.gradient import coefficients_on_path
 from itda_lens.pursuit.gram import GramCache, GramRows, gram_fits, gram_limit, gram_matrix, set_gram_limit
 from itda_lens.pursuit.orthogonal_eager import pursue_orthogonal_eager
+from itda_lens.pursuit.product import inner_products
 from itda_lens.pursuit.reference import matching_pursuit_reference
 from itda_lens.pursuit.solver import pursue, pursue_correlations
+from itda_lens.pursuit.threads import in_threads
 
 __all__ = [
     "GramCache",
@@ -19,6 +21,8 @@ __all__ = [
     "gram_fits",
     "gram_limit",
     "gram_matrix",
+    "in_threads",
+    "inner_products",
     "matching_pursuit",
     "matching_pursuit_reference",
     "pursue",

@@ -20,14 +20,14 @@ def pursue_fused(
     energy: Float[Tensor, " b"] | None = None,
     tolerance: float = 0.0,
 ) -> SparseCodes:
-    """What `pursue` computes with a stored Gram matrix, on one thread of a CPU. Overwrites `correlations`."""
+    """What `pursue` computes with a stored Gram matrix, on one thread of a CPU."""
     b, _ = correlations.shape
     values = correlations.new_zeros(b, k)
     indices = torch.zeros(b, k, dtype=torch.int64)
     # The compiled loop assumes finite numbers: a row with others is emptied, and comes out as NaN.
     broken = correlations.sum(dim=-1).isfinite().logical_not()
     if broken.any():
-        correlations[broken] = 0
+        correlations = correlations.masked_fill(broken[:, None], 0)
     left = torch.zeros(b, dtype=torch.float64) if energy is None else energy.to(torch.float64, copy=True)
     floor = tolerance**2 * left if tolerance > 0 else torch.full_like(left, torch.finfo(left.dtype).min)
     arrays = (t.numpy() for t in (correlations, gram, values, indices, left, floor))  # views, not copies

@@ -19,10 +19,11 @@ TILE = 256
 @no_type_check
 def _pursue(correlations, gram, values, indices, left, floor, nonnegative):
     n, k = correlations.shape[1], values.shape[1]
-    largest = np.empty((n + TILE - 1) // TILE, correlations.dtype)
+    row, largest = np.empty(n, correlations.dtype), np.empty((n + TILE - 1) // TILE, correlations.dtype)
     sign = correlations.dtype.type(0 if nonnegative else -1)
     for i in range(len(correlations)):
-        row = correlations[i]
+        for j in range(n):
+            row[j] = correlations[i, j]
         _update(row, row, row.dtype.type(0), sign, largest)
         for step in range(k):
             top = row.dtype.type(0)

@@ -13,7 +13,7 @@ def inner_products(x: Float[Tensor, "b d"], atoms: Float[Tensor, "n d"]) -> Floa
 
     Its products are 2.4 times as fast as those of MKL on AMD processors, and as fast on others.
     """
-    suits = x.device.type == "cpu" and x.dtype == atoms.dtype == torch.float32 and x.numel() > 0
+    suits = x.device.type == "cpu" and x.dtype == atoms.dtype == torch.float32 and min(x.numel(), atoms.numel()) > 0
     if suits and _has_onednn():
         return torch.ops.mkldnn._linear_pointwise(x.contiguous(), atoms.contiguous(), None, "none", [], "")
     return x @ atoms.T

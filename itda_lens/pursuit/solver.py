@@ -44,13 +44,12 @@ def pursue(
 
     def solve(rows: slice) -> SparseCodes:
         parts = []
-        with torch.no_grad():  # a setting of each thread
-            for block in x[rows].split(block_rows(len(atoms), x.device)):
-                energy = block.square().sum(dim=-1)
-                parts.append(_block(inner_products(block, atoms), atoms, gram, k, energy=energy, **settings))
-        return SparseCodes(*map(torch.cat, zip(*parts, strict=True)))
+        for block in x[rows].split(block_rows(len(atoms), x.device)):
+            energy = block.square().sum(dim=-1)
+            parts.append(_block(inner_products(block, atoms), atoms, gram, k, energy=energy, **settings))
+        return _joined(parts)
 
-    return in_threads(solve, len(x)) if _is_compiled(x, gram) else solve(slice(None))
+    return _joined(in_threads(solve, x)) if _is_compiled(x, gram) else solve(slice(None))
 
 
 @torch.no_grad()
@@ -62,8 +61,10 @@ def pursue_correlations(
     *,
     nonnegative: bool = False,
     orthogonal: bool = False,
+    energy: Float[Tensor, " b"] | None = None,
+    tolerance: float = 0.0,
 ) -> SparseCodes:
-    """Matching pursuit from `<x, d_j>`: `x` itself is not needed. May overwrite `correlations`.
+    """Matching pursuit from `<x, d_j>`: of `x` itself only `energy`, its squared norm, for a `tolerance`.
 
     Subtracting `v d_i` from the residual subtracts `v <d_i, d_j>` from its correlation with each atom `j`
     (Mallat & Zhang 1993, eq. 19), which is `v` times a row of the Gram matrix; the residual's squared norm
@@ -71,14 +72,20 @@ def pursue_correlations(
     """
 
     def solve(rows: slice) -> SparseCodes:
-        return _block(correlations[rows], atoms, gram, k, nonnegative=nonnegative, orthogonal=orthogonal)
+        settings = {"nonnegative": nonnegative, "orthogonal": orthogonal, "tolerance": tolerance}
+        start = correlations[rows] if _is_compiled(correlations, gram) else correlations[rows].clone()
+        return _block(start, atoms, gram, k, energy=None if energy is None else energy[rows], **settings)
 
-    return in_threads(solve, len(correlations)) if _is_compiled(correlations, gram) else solve(slice(None))
+    return _joined(in_threads(solve, correlations)) if _is_compiled(correlations, gram) else solve(slice(None))
 
 
 def block_rows(n: int, device: torch.device) -> int:
     """How many activations are pursued together."""
     return max(16, _BLOCK_ELEMENTS.get(device.type, 2**24) // max(n, 1))
+
+
+def _joined(parts: list[SparseCodes]) -> SparseCodes:
+    return parts[0] if len(parts) == 1 else SparseCodes(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def _is_compiled(x: Tensor, gram: Gram) -> bool:

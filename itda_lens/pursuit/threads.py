@@ -1,7 +1,7 @@
 """Rows shared out among threads of our own, each of which computes with one thread of torch.
 
-Product and pursuit of a row then follow each other on one core. Were torch to spread each product over its own
-threads, these would spin for a while after it, and take the cores from the pursuit.
+The threads of torch spin for some milliseconds after each of its operations, and take the cores from whoever comes
+next. So a product and the pursuit that follows it are done by the same thread, one for each core.
 """
 
 import os
@@ -9,20 +9,24 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from threading import Barrier
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
-from itda_lens.pursuit.codes import SparseCodes
+T = TypeVar("T")
+ROWS_EACH = 32
+"""Fewer rows are done before another thread has woken up."""
 
 
-def in_threads(solve: Callable[[slice], SparseCodes], rows: int) -> SparseCodes:
-    """The codes that `solve` gives for parts of the rows, put together; as many threads as torch has here."""
-    workers = min(torch.get_num_threads(), rows)
+def in_threads(solve: Callable[[slice], T], x: Tensor) -> list[T]:
+    """What `solve` gives for each part of the rows of `x`, in order; on a CPU as many threads as torch has here."""
+    rows = len(x)
+    workers = min(torch.get_num_threads(), rows // ROWS_EACH) if x.device.type == "cpu" else 1
     if workers <= 1:
-        return solve(slice(0, rows))
+        return [solve(slice(0, rows))]
     bounds = [rows * i // workers for i in range(workers + 1)]
-    parts = _pool(torch.get_num_threads()).map(solve, map(slice, bounds[:-1], bounds[1:]))
-    return SparseCodes(*map(torch.cat, zip(*parts, strict=True)))
+    return list(_pool(torch.get_num_threads()).map(solve, map(slice, bounds[:-1], bounds[1:])))
 
 
 @cache
@@ -32,6 +36,7 @@ def _pool(workers: int) -> ThreadPoolExecutor:
     def start(_: int) -> None:
         torch.get_num_threads()  # a thread takes the global number when it first asks, and its own only after that
         torch.set_num_threads(1)
+        torch.set_grad_enabled(False)
         ready.wait()
 
     list(pool.map(start, range(workers)))
