@@ -6,7 +6,12 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import torch
 from jaxtyping import install_import_hook
+
+# Triton looks for this when it is imported: without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # The dimensions that ours name would be taken for SAEBench's own: its environment runs without the check.
 if importlib.util.find_spec("sae_bench") is None:

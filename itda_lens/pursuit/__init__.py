@@ -5,6 +5,7 @@ from itda_lens.pursuit.codes import SparseCodes, decode_dense
 from itda_lens.pursuit.eager import pursue_eager
 from itda_lens.pursuit.gradient import coefficients_on_path
 from itda_lens.pursuit.gram import GramCache, GramRows, gram_fits, gram_limit, gram_matrix, set_gram_limit
+from itda_lens.pursuit.on_gpu import pursue_on_gpu
 from itda_lens.pursuit.orthogonal_eager import pursue_orthogonal_eager
 from itda_lens.pursuit.product import inner_products
 from itda_lens.pursuit.reference import matching_pursuit_reference
@@ -28,6 +29,7 @@ __all__ = [
     "pursue",
     "pursue_correlations",
     "pursue_eager",
+    "pursue_on_gpu",
     "pursue_orthogonal_eager",
     "set_gram_limit",
 ]

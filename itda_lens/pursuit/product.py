@@ -1,5 +1,7 @@
 """The inner products that pursuit starts from."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -9,14 +11,38 @@ from torch import Tensor
 
 @torch.no_grad()
 def inner_products(x: Float[Tensor, "b d"], atoms: Float[Tensor, "n d"]) -> Float[Tensor, "b n"]:
-    """`x @ atoms.T`, on a CPU by oneDNN, which torch carries but keeps for convolutions.
+    """`x @ atoms.T` in full precision, whatever torch may do to products.
 
-    Its products are 2.4 times as fast as those of MKL on AMD processors, and as fast on others.
+    On a CPU it is made by oneDNN, which torch carries but keeps for convolutions: 2.4 times as fast as MKL on AMD
+    processors, and as fast on others.
     """
-    suits = x.device.type == "cpu" and x.dtype == atoms.dtype == torch.float32 and min(x.numel(), atoms.numel()) > 0
-    if suits and _has_onednn():
-        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), atoms.contiguous(), None, "none", [], "")
+    if x.device.type == "cpu" and x.dtype == atoms.dtype == torch.float32 and min(x.numel(), atoms.numel()) > 0:
+        if _has_onednn():
+            return torch.ops.mkldnn._linear_pointwise(x.contiguous(), atoms.contiguous(), None, "none", [], "")
+    elif x.device.type == "cuda" and products_in_tf32():
+        with _full_precision():
+            return x @ atoms.T
     return x @ atoms.T
+
+
+def products_in_tf32() -> bool:
+    """Whether torch makes float32 products on a GPU in TF32, as `torch.set_float32_matmul_precision("high")` has it."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch before 2.9
+        return bool(torch.backends.cuda.matmul.allow_tf32)
+    own = getattr(torch.backends.cuda.matmul, "fp32_precision")  # noqa: B009
+    return (getattr(torch.backends, "fp32_precision") if own == "none" else own) not in ("none", "ieee")  # noqa: B009
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    matmul = torch.backends.cuda.matmul
+    name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(matmul, name)
+    setattr(matmul, name, exact)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
 
 
 @cache

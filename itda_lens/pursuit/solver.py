@@ -1,5 +1,7 @@
 """Which path a pursuit takes: by device, and by what there is of the Gram matrix."""
 
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -10,8 +12,9 @@ from itda_lens.pursuit.codes import SparseCodes
 from itda_lens.pursuit.eager import pursue_eager
 from itda_lens.pursuit.fused import pursue_fused
 from itda_lens.pursuit.gram import Gram
+from itda_lens.pursuit.on_gpu import ON_CHIP, pursue_on_gpu
 from itda_lens.pursuit.orthogonal_eager import pursue_orthogonal_eager
-from itda_lens.pursuit.product import inner_products
+from itda_lens.pursuit.product import inner_products, products_in_tf32
 from itda_lens.pursuit.threads import in_threads
 
 # A block of correlations (8 MiB on a CPU): large enough for its product to be fast, small enough for caches and memory.
@@ -46,7 +49,11 @@ def pursue(
         parts = []
         for block in x[rows].split(block_rows(len(atoms), x.device)):
             energy = block.square().sum(dim=-1)
-            parts.append(_block(inner_products(block, atoms), atoms, gram, k, energy=energy, **settings))
+            if _is_for_triton(block, gram, orthogonal) and len(atoms) <= ON_CHIP and products_in_tf32():
+                products, settings["rough"] = block @ atoms.T, (block, atoms)
+            else:
+                products = inner_products(block, atoms)
+            parts.append(_block(products, atoms, gram, k, energy=energy, **settings))
         return _joined(parts)
 
     return _joined(in_threads(solve, x)) if _is_compiled(x, gram) else solve(slice(None))
@@ -92,11 +99,23 @@ def _is_compiled(x: Tensor, gram: Gram) -> bool:
     return isinstance(gram, Tensor) and x.device.type == "cpu"
 
 
+def _is_for_triton(x: Tensor, gram: Gram, orthogonal: bool) -> bool:
+    whole = isinstance(gram, Tensor) and x.dtype == gram.dtype == torch.float32
+    return whole and not orthogonal and x.device.type == "cuda" and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
 def _block(
     correlations: Tensor, atoms: Tensor, gram: Gram, k: int, *, orthogonal: bool, **settings: Any
 ) -> SparseCodes:
     if isinstance(gram, Tensor) and _is_compiled(correlations, gram):
         return pursue_fused(correlations, gram, k, orthogonal=orthogonal, **settings)
+    if isinstance(gram, Tensor) and _is_for_triton(correlations, gram, orthogonal):
+        return pursue_on_gpu(correlations, gram, k, **settings)
     if orthogonal:
         return pursue_orthogonal_eager(correlations, atoms, k, **settings)
     return pursue_eager(correlations, gram, k, **settings)
