@@ -7,7 +7,7 @@ TOOLS := .venv-tools
 # Two threads that fight for a core are slower than one: the tests are many small computations.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test test-tools compatibility lint types format clean
+.PHONY: quickstart test test-tools bench compatibility lint types format clean
 
 quickstart: $(VENV)/installed
 	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/itda-lens quickstart
@@ -18,6 +18,13 @@ test: lint types
 
 test-tools: $(TOOLS)/installed
 	$(TEST_ENV) $(TOOLS)/bin/python -m pytest tests/test_saebench.py tests/test_dashboard.py
+
+# Speed and memory, as ratios of things timed in turn: about ten minutes. Figures and plots go to benchmarks/results.
+bench: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	$(BIN)/python benchmarks/pursuit.py --write
+	$(BIN)/python benchmarks/building.py --write
+	$(BIN)/python benchmarks/saelens.py --write
 
 compatibility: $(VENV)/installed $(TOOLS)/installed
 	$(TEST_ENV) $(BIN)/python -m pytest tests --compatibility docs/compatibility.md

@@ -1,6 +1,6 @@
 """An ITDA beside a SAELens `TopKSAE` of the same shape, alone and hooked into a model: time and peak memory.
 
-    python benchmarks/saelens.py [--out results.json]
+    python benchmarks/saelens.py [--write]
 
 The model has the shape of GPT-2 small, and random weights. Times are taken in turn in one process, `--repeats` times;
 the table shows medians, and medians of the ratio within a turn. Peak memory (on Linux) is that of a process for each
@@ -8,14 +8,11 @@ SAE, above what it holds after a first, very small call.
 """
 
 import argparse
-import json
-import multiprocessing
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from measure import in_turn, peak_mib, seconds, spread, write
 from rich.console import Console
 from rich.table import Table
 from sae_lens import SAE, HookedSAETransformer, TopKSAE, TopKSAEConfig
@@ -56,12 +53,6 @@ def jobs(sae: SAE, model: HookedSAETransformer, rows: int, context: int) -> dict
     }
 
 
-def seconds(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
-
-
 @torch.no_grad()
 def speed(n: int, k: int, rows: int, context: int, repeats: int) -> dict[str, dict[str, float]]:
     model = gpt2_small()
@@ -69,34 +60,25 @@ def speed(n: int, k: int, rows: int, context: int, repeats: int) -> dict[str, di
     cold = {kind: seconds(jobs["encode and decode"]) for kind, jobs in by_sae.items()}
     figures = {"encode and decode, first call": cold | {"ratio": cold["ITDA"] / cold["TopKSAE"]}}
     for name in by_sae["ITDA"]:
-        turns = [{kind: seconds(jobs[name]) for kind, jobs in by_sae.items()} for _ in range(repeats + 1)][1:]
+        turns = in_turn({kind: jobs[name] for kind, jobs in by_sae.items()}, repeats)
         medians = {kind: statistics.median(turn[kind] for turn in turns) for kind in KINDS}
-        ratios = sorted(turn["ITDA"] / turn["TopKSAE"] for turn in turns)
-        figures[name] = medians | {"ratio": statistics.median(ratios), "least": ratios[0], "most": ratios[-1]}
+        ratio = spread([turn["ITDA"] / turn["TopKSAE"] for turn in turns])
+        figures[name] = medians | {"ratio": ratio["median"], "least": ratio["least"], "most": ratio["most"]}
     figures["the model alone"] = {"ITDA": seconds(lambda: model(torch.zeros(rows, context, dtype=torch.int64)))}
     return figures
 
 
-@torch.no_grad()
-def peak_megabytes(kind: str, n: int, k: int, rows: int, context: int) -> float:
-    sae_of(kind, k, k)(torch.zeros(1, D))  # loads what is compiled
-    sae = sae_of(kind, n, k)
+def prepare_peak(
+    kind: str, n: int, k: int, rows: int, context: int
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    small, sae = sae_of(kind, k, k), sae_of(kind, n, k)
     x = torch.randn(rows, context, D, generator=torch.Generator().manual_seed(1))
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    before = resident_kilobytes("VmRSS")
-    for _ in range(3):
-        sae.decode(sae.encode(x))
-    return (resident_kilobytes("VmHWM") - before) / 1024
-
-
-def resident_kilobytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+    return lambda: small(torch.zeros(1, D)), lambda: [sae.decode(sae.encode(x)) for _ in range(3)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
+    parser.add_argument("--write", action="store_true", help="write the figures to benchmarks/results")
     parser.add_argument("--atoms", type=int, default=8192)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--rows", type=int, default=8)
@@ -105,24 +87,19 @@ def main() -> None:
     args = parser.parse_args()
     shape = (args.atoms, args.k, args.rows, args.context)
     times = speed(*shape, args.repeats)
-    # A process for each, since a peak never falls.
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        peaks = {kind: pool.apply(peak_megabytes, (kind, *shape)) for kind in KINDS}
+    peaks = {kind: peak_mib(prepare_peak, kind, *shape) for kind in KINDS}
     gram = 4 * args.atoms**2 / 2**20
     title = f"d={D}, {args.atoms} atoms, k={args.k}, {args.rows} x {args.context} tokens"
     table = Table("", *KINDS, "ratio", title=title)
     for name, row in times.items():
-        spread = f" ({row['least']:.2f} to {row['most']:.2f})" if "least" in row else ""
+        range_of = f" ({row['least']:.2f} to {row['most']:.2f})" if "least" in row else ""
         cells = [f"{row[kind]:.3f} s" if kind in row else "" for kind in KINDS]
-        table.add_row(name, *cells, f"{row['ratio']:.2f}{spread}" if "ratio" in row else "")
+        table.add_row(name, *cells, f"{row['ratio']:.2f}{range_of}" if "ratio" in row else "")
     cells = [f"{peaks[kind]:.0f} MiB" for kind in KINDS]
     table.add_row("peak memory above the weights", *cells, f"Gram matrix: {gram:.0f} MiB")
     Console(width=120).print(table)
-    if args.out:
-        machine = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-        settings = {name: value for name, value in vars(args).items() if name != "out"}
-        results = {"machine": machine, "settings": settings, "times": times, "peak_mib": peaks, "gram_mib": gram}
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+    if args.write:
+        write("saelens", vars(args), times=times, peak_mib=peaks, gram_mib=gram)
 
 
 if __name__ == "__main__":
