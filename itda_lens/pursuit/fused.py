@@ -25,7 +25,7 @@ def pursue_fused(
     values = correlations.new_zeros(b, k)
     indices = torch.zeros(b, k, dtype=torch.int64)
     # The compiled loop assumes finite numbers: a row with others is emptied, and comes out as NaN.
-    broken = correlations.sum(dim=-1).isfinite().logical_not()
+    broken = (correlations.sum(dim=-1) if energy is None else energy).isfinite().logical_not()
     if broken.any():
         correlations = correlations.masked_fill(broken[:, None], 0)
     left = torch.zeros(b, dtype=torch.float64) if energy is None else energy.to(torch.float64, copy=True)

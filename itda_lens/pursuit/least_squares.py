@@ -8,11 +8,13 @@ from typing import no_type_check
 import numba
 import numpy as np
 
+from itda_lens.pursuit.vector import FAST
+
 DEPENDENT = 1e-5
 """An atom with less than this share of its squared norm outside the span of the chosen ones adds nothing but noise."""
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=True, fastmath=set(FAST))
 @no_type_check
 def outside_span(gram_row, j, chosen, factor, system, along, m):
     """The squared norm of atom `j` outside the span of the first `m` chosen; its fit to them is left in `along`.
