@@ -148,7 +148,7 @@ def plot(results: list[dict]) -> None:
     axes.set_xscale("log")
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlabel("time per token, as a multiple of one dense product (bars: median; lines: least and most)")
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="upper right", fontsize=8)
     figure.savefig(RESULTS / "pursuit.png", dpi=130)
 
 

@@ -4,7 +4,7 @@
 
 The model has the shape of GPT-2 small, and random weights. Times are taken in turn in one process, `--repeats` times;
 the table shows medians, and medians of the ratio within a turn. Peak memory (on Linux) is that of a process for each
-SAE, above what it holds after a first, very small call.
+SAE, above what it holds after a first, very small call; the median of as many processes.
 """
 
 import argparse
@@ -87,7 +87,9 @@ def main() -> None:
     args = parser.parse_args()
     shape = (args.atoms, args.k, args.rows, args.context)
     times = speed(*shape, args.repeats)
-    peaks = {kind: peak_mib(prepare_peak, kind, *shape) for kind in KINDS}
+    peaks = {
+        kind: statistics.median(peak_mib(prepare_peak, kind, *shape) for _ in range(args.repeats)) for kind in KINDS
+    }
     gram = 4 * args.atoms**2 / 2**20
     title = f"d={D}, {args.atoms} atoms, k={args.k}, {args.rows} x {args.context} tokens"
     table = Table("", *KINDS, "ratio", title=title)

@@ -11,6 +11,7 @@ from torch import Tensor
 from itda_lens.pursuit.product import inner_products
 
 _CPU_LIMIT = 4 * 2**30
+_ROWS_AT_ONCE = 256
 _limit: int | None = None
 
 
@@ -49,7 +50,10 @@ def gram_fits(n: int, device: torch.device | str = "cpu", element_bytes: int = 4
 def gram_matrix(atoms: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:
     """The inner products of all pairs of atoms, in float32 (float64 for float64 atoms)."""
     work = _work(atoms)
-    return inner_products(work, work)
+    gram = work.new_empty(len(work), len(work))
+    for rows, into in zip(work.split(_ROWS_AT_ONCE), gram.split(_ROWS_AT_ONCE), strict=True):
+        into.copy_(inner_products(rows, work))
+    return gram
 
 
 class GramRows:

@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+_ATOMS_AT_ONCE = 2048
+"""oneDNN works on a copy of these."""
+
 
 @torch.no_grad()
 def inner_products(x: Float[Tensor, "b d"], atoms: Float[Tensor, "n d"]) -> Float[Tensor, "b n"]:
@@ -18,11 +21,21 @@ def inner_products(x: Float[Tensor, "b d"], atoms: Float[Tensor, "n d"]) -> Floa
     """
     if x.device.type == "cpu" and x.dtype == atoms.dtype == torch.float32 and min(x.numel(), atoms.numel()) > 0:
         if _has_onednn():
-            return torch.ops.mkldnn._linear_pointwise(x.contiguous(), atoms.contiguous(), None, "none", [], "")
+            return _by_onednn(x.contiguous(), atoms.contiguous())
     elif x.device.type == "cuda" and products_in_tf32():
         with _full_precision():
             return x @ atoms.T
     return x @ atoms.T
+
+
+def _by_onednn(x: Tensor, atoms: Tensor) -> Tensor:
+    product = torch.ops.mkldnn._linear_pointwise
+    if len(atoms) <= _ATOMS_AT_ONCE:
+        return product(x, atoms, None, "none", [], "")
+    products = x.new_empty(len(x), len(atoms))
+    for part, into in zip(atoms.split(_ATOMS_AT_ONCE), products.split(_ATOMS_AT_ONCE, dim=-1), strict=True):
+        into.copy_(product(x, part, None, "none", [], ""))
+    return products
 
 
 def products_in_tf32() -> bool:
