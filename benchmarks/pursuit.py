@@ -1,6 +1,6 @@
 """How long pursuit takes, and how much memory, as a multiple of one dense product `x @ atoms.T`.
 
-    python benchmarks/pursuit.py [--device cuda --d 4096] [--write]
+    python benchmarks/pursuit.py [--device cuda --d 4096 [--precision high]] [--write]
 
 Everything is measured in turn in one process, `--repeats` times, per token (the slow ones on fewer tokens); the table
 shows medians of the ratios within a turn. Activations and atoms are random: the worst case for what decays or repeats.
@@ -155,6 +155,7 @@ def plot(results: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="highest", help="of torch's float32 products on a GPU: 'high' is TF32")
     parser.add_argument("--d", type=int, default=768)
     parser.add_argument("--atoms", type=int, nargs="+", default=[4096, 16384])
     parser.add_argument("--k", type=int, default=40)
@@ -162,6 +163,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--write", action="store_true", help="write the figures and a plot to benchmarks/results")
     args = parser.parse_args()
+    torch.set_float32_matmul_precision(args.precision)
     shapes = [(args.d, n) for n in args.atoms] + ([(128, 1024)] if args.device == "cpu" else [])
     results = []
     for d, n in shapes:
@@ -183,7 +185,8 @@ def main() -> None:
         table.add_row(name, *cells)
     Console(width=150).print(table)
     if args.write:
-        write("pursuit" if args.device == "cpu" else f"pursuit_{args.device}", vars(args), results=results)
+        name = "pursuit" if args.device == "cpu" else f"pursuit_{args.device}_{args.precision}"
+        write(name, vars(args), results=results)
         plot(results) if args.device == "cpu" else None
 
 
