@@ -16,8 +16,8 @@ _ATOMS_AT_ONCE = 2048
 def inner_products(x: Float[Tensor, "b d"], atoms: Float[Tensor, "n d"]) -> Float[Tensor, "b n"]:
     """`x @ atoms.T` in full precision, whatever torch may do to products.
 
-    On a CPU it is made by oneDNN, which torch carries but keeps for convolutions: 2.4 times as fast as MKL on AMD
-    processors, and as fast on others.
+    On a CPU it is made by oneDNN, which torch carries but keeps for convolutions: more than twice as fast as MKL on an
+    AMD EPYC (`benchmarks/pursuit.py`).
     """
     if x.device.type == "cpu" and x.dtype == atoms.dtype == torch.float32 and min(x.numel(), atoms.numel()) > 0:
         if _has_onednn():
