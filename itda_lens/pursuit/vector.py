@@ -8,8 +8,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 FAST = ("nnan", "ninf", "nsz", "reassoc", "contract")
-TILE = 64
-"""Correlations that `subtract_rows` takes together: four vector registers of AVX-512, eight of AVX2."""
+TILE = 128
+"""Correlations that `subtract_rows` takes together: eight vector registers of AVX-512, sixteen of AVX2."""
 
 
 @intrinsic
@@ -28,7 +28,7 @@ def larger(typing_context, a, b):
 def subtract_rows(typing_context, row, rows, weights, count, first, sign):
     """Subtract `weights[:count] @ rows[:count]` from `row`, in the columns from `first` to `first + TILE`.
 
-    Returns the largest of them: in size with `sign` -1, as it is (0 at least) with `sign` 0. The row is read and
+    The rows are whole numbers of 16 bits. Returns the largest of them: in size with `sign` -1, as it is (0 at least) with `sign` 0. The row is read and
     written once, and held in registers meanwhile.
     """
 
@@ -42,12 +42,13 @@ def subtract_rows(typing_context, row, rows, weights, count, first, sign):
         count, first, sign = args[3:]
         kind = row.type.pointee
         vector = ir.VectorType(kind, TILE)
+        small, wide = (ir.VectorType(ir.IntType(bits), TILE) for bits in (16, 32))
         bytes_each = 4 if kind == ir.FloatType() else 8
 
-        def tile(base, offset):
+        def tile(base, offset, vector):
             return builder.bitcast(builder.gep(base, [offset]), vector.as_pointer())
 
-        place, entry = tile(row, first), builder.block
+        place, entry = tile(row, first, vector), builder.block
         start = builder.load(place, align=bytes_each)
         loop, body, done = (builder.append_basic_block(name) for name in ("loop", "body", "done"))
         builder.branch(loop)
@@ -55,7 +56,8 @@ def subtract_rows(typing_context, row, rows, weights, count, first, sign):
         i, left = builder.phi(count.type), builder.phi(vector)
         builder.cbranch(builder.icmp_signed("<", i, count), body, done)
         builder.position_at_end(body)
-        other = builder.load(tile(rows, builder.add(builder.mul(i, stride), first)), align=bytes_each)
+        other = builder.load(tile(rows, builder.add(builder.mul(i, stride), first), small), align=2)
+        other = builder.sitofp(builder.sext(other, wide), vector)
         weight = _spread(builder, builder.load(builder.gep(weights, [i])), vector)
         taken = builder.fsub(left, builder.fmul(weight, other, flags=FAST), flags=FAST)
         for phi, before, after in ((i, count.type(0), builder.add(i, count.type(1))), (left, start, taken)):
