@@ -57,7 +57,7 @@ def runner_config(subject: Subject, hook: str, settings: Settings, **changes: An
         "exclude_special_tokens": True,
         "lr": settings.lr,
         "dead_feature_window": settings.dead_window,
-        "n_batches_for_norm_estimate": 50,
+        "n_batches_for_norm_estimate": 5,  # once in a run: more would be multiplied when extrapolated
         "logger": LoggingConfig(log_to_wandb=False),
         "checkpoint_path": None,
         "output_path": None,

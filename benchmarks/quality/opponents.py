@@ -34,27 +34,27 @@ CELLS = [(name, f"blocks.{layer}.hook_resid_post") for layer in (4, 2, 6) for na
 FIRST = CELLS[0]
 RATES = (1e-3, 2.5e-3, 6e-3, 1.5e-2)
 """Of Adam, on activations scaled to a mean norm of `sqrt(d)`."""
+L1 = (2.0, 4.0, 8.0)
+"""Of the standard SAE, around what gives an L0 of 8."""
 WITH_NEIGHBOURS = [("seed49", "blocks.2.hook_resid_post"), ("seed81", "blocks.6.hook_resid_post")]
 DEFAULT = Settings()
 
 
 def jobs() -> Iterator[tuple[Cell, Settings]]:
     """The most important first. Later ones depend on what earlier ones have left in the cache."""
-    for rate in (6e-3, 2.5e-3, 1.5e-2, 1e-3):
-        yield FIRST, replace(DEFAULT, lr=rate)
+    yield from ((FIRST, replace(DEFAULT, lr=rate)) for rate in RATES[1:3])
     best = chosen(FIRST, DEFAULT)
     for cell in CELLS[1:]:
         yield cell, best
+    yield from ((FIRST, replace(DEFAULT, lr=rate)) for rate in (RATES[0], RATES[3]))
     for cell in WITH_NEIGHBOURS:
         yield from ((cell, near) for near in neighbours(best))
     yield from ((FIRST, replace(best, k=k)) for k in (4, 16, 32))
     yield from ((FIRST, replace(best, n=n)) for n in (512, 2048))
     yield FIRST, replace(best, architecture="batchtopk")
-    for architecture in ("matching_pursuit",):
-        yield from ((FIRST, replace(best, architecture=architecture, lr=best.lr * factor)) for factor in (1, 0.5, 0.25))
+    yield from ((FIRST, replace(best, architecture="matching_pursuit", lr=best.lr / part)) for part in (1, 2.5, 6))
     yield from (((name, hook), best) for name, hook in PRETRAINED.items())
-    for l1 in (2.0, 4.0, 8.0):
-        yield FIRST, replace(best, architecture="standard", l1=l1)
+    yield from ((FIRST, replace(best, architecture="standard", l1=l1)) for l1 in L1)
 
 
 def chosen(cell: Cell, like: Settings) -> Settings:
