@@ -9,6 +9,7 @@ the hook has the cost of the forward passes. Learning rates are chosen on the en
 
 import argparse
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from typing import Any
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
+import numpy as np
 from sae_lens import SAE
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -34,8 +36,8 @@ CELLS = [(name, f"blocks.{layer}.hook_resid_post") for layer in (4, 2, 6) for na
 FIRST = CELLS[0]
 RATES = (1e-3, 2.5e-3, 6e-3, 1.5e-2)
 """Of Adam, on activations scaled to a mean norm of `sqrt(d)`."""
-L1 = (2.0, 4.0, 8.0)
-"""Of the standard SAE, around what gives an L0 of 8."""
+L1 = (0.5, 1.0, 2.0, 4.0, 8.0)
+"""Of the standard SAE, on activations scaled likewise."""
 WITH_NEIGHBOURS = [("seed49", "blocks.2.hook_resid_post"), ("seed81", "blocks.6.hook_resid_post")]
 DEFAULT = Settings()
 
@@ -47,14 +49,26 @@ def jobs() -> Iterator[tuple[Cell, Settings]]:
     for cell in CELLS[1:]:
         yield cell, best
     yield from ((FIRST, replace(DEFAULT, lr=rate)) for rate in (RATES[0], RATES[3]))
-    for cell in WITH_NEIGHBOURS:
-        yield from ((cell, near) for near in neighbours(best))
     yield from ((FIRST, replace(best, k=k)) for k in (4, 16, 32))
     yield from ((FIRST, replace(best, n=n)) for n in (512, 2048))
-    yield FIRST, replace(best, architecture="batchtopk")
-    yield from ((FIRST, replace(best, architecture="matching_pursuit", lr=best.lr / part)) for part in (1, 2.5, 6))
+    yield from ((FIRST, settings) for settings in other_architectures(best))
+    for cell in WITH_NEIGHBOURS:
+        yield from ((cell, near) for near in neighbours(best))
     yield from (((name, hook), best) for name, hook in PRETRAINED.items())
-    yield from ((FIRST, replace(best, architecture="standard", l1=l1)) for l1 in L1)
+
+
+def other_architectures(best: Settings) -> Iterator[Settings]:
+    """What TopK's rate does not suit, or has no k, is set by short runs, then trained in full."""
+    yield replace(best, architecture="batchtopk")
+    short = replace(best, draws=best.draws // 10)
+    pursuit = replace(short, architecture="matching_pursuit")
+    yield from (replace(pursuit, lr=best.lr / part) for part in (1, 2.5, 6, 15))
+    rate = chosen(FIRST, pursuit).lr
+    yield from (replace(best, architecture="matching_pursuit", lr=rate / part) for part in (1, 2.5))
+    standard = [replace(short, architecture="standard", l1=l1) for l1 in L1]
+    yield from standard
+    l1 = with_l0(8, standard)
+    yield from (replace(best, architecture="standard", l1=float(f"{l1 * part:.3g}")) for part in (1, 0.8, 0.64))
 
 
 def chosen(cell: Cell, like: Settings) -> Settings:
@@ -73,6 +87,14 @@ def chosen(cell: Cell, like: Settings) -> Settings:
 def neighbours(settings: Settings) -> list[Settings]:
     i = RATES.index(settings.lr)
     return [replace(settings, lr=RATES[j]) for j in (i - 1, i + 1) if 0 <= j < len(RATES)]
+
+
+def with_l0(l0: float, standard: list[Settings]) -> float:
+    """The L1 coefficient at which the L0 on the validation text would be this, between those tried."""
+    files = [folder(FIRST) / settings.name / "scores.json" for settings in standard]
+    found = [json.loads(file.read_text())["validation"]["l0"] for file in files]
+    tried = [math.log(settings.l1) for settings in standard]
+    return math.exp(np.interp(-math.log(l0), [-math.log(each) for each in found], tried))
 
 
 def folder(cell: Cell) -> Path:
