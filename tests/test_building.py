@@ -396,3 +396,16 @@ def test_a_token_leaves_as_soon_as_it_is_below_the_threshold_and_the_same_atoms_
     to_the_end = other.update(x)
     assert places(builder.to_itda()) == places(other.to_itda())
     assert to_the_end.loss < stats.loss < 0.6
+
+
+def test_the_pursuit_of_an_itda_is_the_builders():
+    x = torch.randn(1, 200, 8, generator=torch.Generator().manual_seed(0))
+    for builder, orthogonal in (
+        (DictionaryBuilder(8, 3, threshold=0.2), True),
+        (DictionaryBuilder(8, 3, threshold=0.2, orthogonal=False), False),
+        (DictionaryBuilder.paper(8, 3, threshold=0.01), False),
+    ):
+        builder.update(x)
+        itda = builder.to_itda()
+        on = DictionaryBuilder.from_itda(itda, threshold=0.2).to_itda()
+        assert itda.cfg.orthogonal == on.cfg.orthogonal == orthogonal

@@ -59,10 +59,15 @@ def recons(itda: ITDA, x: torch.Tensor) -> torch.Tensor:
     """By the definition, of activations as a model has them; where the ITDA has a head, of that head alone."""
     if itda.cfg.metadata.hook_head_index is None:
         x = x.flatten(2)
-        return matching_pursuit(x - itda.b_dec, itda.atoms, itda.cfg.k).decode(itda.atoms) + itda.b_dec
+        return (
+            matching_pursuit(x - itda.b_dec, itda.atoms, itda.cfg.k, orthogonal=itda.cfg.orthogonal).decode(itda.atoms)
+            + itda.b_dec
+        )
     x = x.clone()
     head = x[:, :, HEAD] - itda.b_dec
-    x[:, :, HEAD] = matching_pursuit(head, itda.atoms, itda.cfg.k).decode(itda.atoms) + itda.b_dec
+    x[:, :, HEAD] = (
+        matching_pursuit(head, itda.atoms, itda.cfg.k, orthogonal=itda.cfg.orthogonal).decode(itda.atoms) + itda.b_dec
+    )
     return x
 
 

@@ -62,6 +62,8 @@ class DictionaryBuilder:
         center: subtract `b`, the mean of the first `center_tokens` tokens, before pursuit.
         center_tokens: how many tokens the mean is taken over; they are held back, then judged in order
             (all of a smaller budget).
+        orthogonal: whether the ITDA encodes by orthogonal pursuit, which loses less at equal L0
+            (`benchmarks/quality`). Atoms are chosen by plain pursuit either way: the other chooses no better ones.
         tokenizer: for the text of the atoms' prompts.
         device: where atoms (float32) and their Gram matrix are held.
 
@@ -88,6 +90,7 @@ class DictionaryBuilder:
         loss: LossName | str = "relative",
         center: bool = True,
         center_tokens: int = 2048,
+        orthogonal: bool = True,
         tokenizer: Tokenizer | None = None,
         device: torch.device | str = "cpu",
     ):
@@ -98,7 +101,7 @@ class DictionaryBuilder:
             check_threshold(threshold, loss, d_in, center)
         if n_atoms is not None and k > n_atoms:
             raise ValueError(f"k is {k}, but the dictionary shall have n_atoms={n_atoms}: k can be {n_atoms} at most")
-        self.d_in, self.k, self.loss, self.center = d_in, k, loss, center
+        self.d_in, self.k, self.loss, self.center, self.orthogonal = d_in, k, loss, center, orthogonal
         self.center_tokens = min(center_tokens, tokens or center_tokens)
         self.tokenizer = tokenizer
         self.device = torch.device(device)
@@ -125,7 +128,9 @@ class DictionaryBuilder:
             >>> DictionaryBuilder.paper(768, k=40, threshold=0.0004).loss
             'paper'
         """
-        builder = DictionaryBuilder(d_in, k, threshold=threshold, n_atoms=max_atoms, loss="paper", center=False)
+        builder = DictionaryBuilder(
+            d_in, k, threshold=threshold, n_atoms=max_atoms, loss="paper", center=False, orthogonal=False
+        )
         builder._judge = judge_batch
         return builder
 
@@ -151,7 +156,9 @@ class DictionaryBuilder:
         if itda.cfg.nonnegative:
             raise ValueError("this ITDA has nonnegative=True, and a builder's pursuit is signed: build on another")
         builder = DictionaryBuilder(
-            itda.cfg.d_in, itda.cfg.k if k is None else k, **{"device": itda.device, **settings}
+            itda.cfg.d_in,
+            itda.cfg.k if k is None else k,
+            **{"device": itda.device, "orthogonal": itda.cfg.orthogonal, **settings},
         )
         nowhere = torch.full((itda.cfg.d_sae,), -1)
         prov = itda.provenance or Provenance(nowhere, nowhere)
@@ -258,6 +265,7 @@ class DictionaryBuilder:
             dictionary.atoms[keep.to(self.device)],
             k,
             bias=self._state.bias,
+            orthogonal=self.orthogonal,
             provenance=Provenance.from_tokens(row, position, sequences, self.tokenizer if sequences else None),
             metadata=self._metadata | (metadata or {}) | {"itda_build": self._record()},
         )
@@ -389,6 +397,7 @@ class DictionaryBuilder:
             "loss": self.loss,
             "center": self.center,
             "center_tokens": self.center_tokens,
+            "orthogonal": self.orthogonal,
             **self._state.sizing.settings(),
         }
 

@@ -36,6 +36,8 @@ class BuildConfig:
     """Subtract the mean of the first tokens before pursuit."""
     center_tokens: int = 2048
     """How many tokens the mean is taken over."""
+    orthogonal: bool = True
+    """Encode by orthogonal pursuit: less is lost at equal L0; the paper's is plain."""
     context_size: int = 128
     """Tokens in a row."""
     batch_size: int = 32
@@ -75,6 +77,7 @@ class BuildConfig:
             loss=self.loss,
             center=self.center,
             center_tokens=self.center_tokens,
+            orthogonal=self.orthogonal,
             **settings,
         )
 

@@ -28,8 +28,8 @@ def larger(typing_context, a, b):
 def subtract_rows(typing_context, row, rows, weights, count, first, sign):
     """Subtract `weights[:count] @ rows[:count]` from `row`, in the columns from `first` to `first + TILE`.
 
-    The rows are whole numbers of 16 bits. Returns the largest of them: in size with `sign` -1, as it is (0 at least) with `sign` 0. The row is read and
-    written once, and held in registers meanwhile.
+    The rows are whole numbers of 16 bits. Returns the largest of what is left: in size with `sign` -1, as it is (0 at
+    least) with `sign` 0. The row is read and written once, and held in registers meanwhile.
     """
 
     def emit(context, builder, signature, args):
