@@ -242,12 +242,12 @@ class Diff:
             column=self.column,
         )
         console.print(f"[b]Prompts[/b]  that changed most, of {len(found.prompts)}; q < 0.05 stands out from the bulk")
-        console.print(_ranked_table(found.prompts[: self.rows], "row", ["n_tokens", "shift", "z", "q"]))
+        console.print(_ranked_table(found.prompts.head(self.rows), "row", ["n_tokens", "shift", "z", "q"]))
         console.print("[b]Latents[/b]  that the other model uses more often")
-        console.print(_ranked_table(found.latents[: self.rows], "latent", ["base_use", "tuned_use", "z"]))
+        console.print(_ranked_table(found.latents.head(self.rows), "latent", ["base_use", "tuned_use", "z"]))
         if native is not None:
             console.print("[b]Atoms[/b]  that only one of the two dictionaries has")
-            console.print(_ranked_table(found.atoms[: self.rows], "", ["model", "atom", "shift", "need"]))
+            console.print(_ranked_table(found.atoms.head(self.rows), "", ["model", "atom", "shift", "need"]))
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)
             for name, table in found._asdict().items():
@@ -316,7 +316,7 @@ def _ranked_table(rows: pd.DataFrame, index: str, columns: list[str]) -> Table:
     table = Table(index, *columns, Column("text", no_wrap=True), box=SIMPLE_HEAD)
     for name, row in rows.iterrows():
         values = (f"{row[c]:.3f}" if isinstance(row[c], float) else str(row[c]) for c in columns)
-        table.add_row(str(name), *values, escape(_visible(row["text"])[-_PROMPT_WIDTH:]))
+        table.add_row(str(name), *values, escape(_visible(str(row["text"]))[-_PROMPT_WIDTH:]))
     return table
 
 
