@@ -56,7 +56,7 @@ def code(split: Split = "train") -> Dataset:
     return _split(_functions(), split, "embedded-code")
 
 
-def _split(documents: tuple[tuple[str, str], ...], split: Split, name: str) -> Dataset:
+def _split(documents: tuple[tuple[str, str], ...], split: str, name: str) -> Dataset:
     if split not in ("train", "heldout"):
         raise ValueError(f"split must be 'train' or 'heldout', got {split!r}")
     chosen = [(title, text) for title, text in documents if is_heldout(title) == (split == "heldout")]

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from itda_lens.interpret.chance import adjusted_p, empirical_z
+from itda_lens.interpret.placing import place
 from itda_lens.interpret.profiles import profile_shift
-from itda_lens.interpret.prompts import place, probe
+from itda_lens.interpret.prompts import probe
 from itda_lens.interpret.sides import Side, atoms_of_one, common_atoms, latent_uses, marked
 from itda_lens.provenance import Provenance, tokenizer_digest
 from itda_lens.sae import ITDA

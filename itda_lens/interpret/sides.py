@@ -9,8 +9,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from itda_lens.interpret.decompose import decompose
+from itda_lens.interpret.placing import place
 from itda_lens.interpret.profiles import Profiled, profile_shift
-from itda_lens.interpret.prompts import place, run_prompts
+from itda_lens.interpret.prompts import run_prompts
 from itda_lens.interpret.transfer import source_atoms, transfer
 from itda_lens.provenance import IdentityKind, Provenance
 from itda_lens.sae import ITDA

@@ -12,7 +12,8 @@ from jaxtyping import Float, Int64
 from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
-from itda_lens.interpret.prompts import BORDER, CONTEXT, DEGENERATE, Placed, place, run_prompts
+from itda_lens.interpret.placing import BORDER, CONTEXT, DEGENERATE, Placed, place
+from itda_lens.interpret.prompts import run_prompts
 from itda_lens.sae import ITDA, NonnegativeView
 from itda_lens.streams import HookedModel, canonical_hooks
 from itda_lens.streams.hooks import hook_widths
