@@ -22,7 +22,7 @@ from simple_parsing import ArgumentParser, DashVariant
 from itda_lens import embedded
 from itda_lens.building import BuildConfig, build
 from itda_lens.evals import evaluate, random_activations, random_directions
-from itda_lens.interpret import Explanation, explain
+from itda_lens.interpret import Explanation, diff, explain
 from itda_lens.sae import ITDA
 from itda_lens.streams import HookedModel, load_model
 
@@ -196,19 +196,70 @@ class Explain:
     """How many atoms to name for each token."""
 
     def run(self, console: Console) -> None:
-        itda = _load(self.itda)
-        if not isinstance(itda, ITDA):
-            raise ValueError(f"{self.itda} holds a {itda.cfg.architecture()!r} SAE, whose latents come from no prompt")
+        itda = _itda(self.itda)
         model = _model(self.model or itda.cfg.metadata.model_name)
         for explanation in explain(itda, model, self.prompt, self.positions, self.n_terms):
             console.print(_explanation_table(explanation))
+
+
+@dataclass(kw_only=True)
+class Diff:
+    """Compare two models by means of a dictionary of the first: which prompts, and which atoms, changed most."""
+
+    itda: Path
+    """The folder of an ITDA of the base model."""
+    tuned: str
+    """The other model: as for build."""
+    dataset: str
+    """The probe, documents that nothing was built on: as for build."""
+    base: str | None = None
+    """The base model; the one that the ITDA names if not given."""
+    native: Path | None = None
+    """The folder of an ITDA of the other model, at the same hook point."""
+    second: Path | None = None
+    """The folder of another ITDA of the base model, for what is chance in what native shows."""
+    column: str | None = None
+    """The dataset's column with the text, when it is not called text."""
+    tokens: int = 20_000
+    """How many tokens of the probe are looked at."""
+    rows: int = 15
+    """How many prompts, and how many latents, are printed."""
+    out: Path | None = None
+    """Write the whole tables to this folder, as CSV."""
+
+    def run(self, console: Console) -> None:
+        itda = _itda(self.itda)
+        native, second = (None if folder is None else _itda(folder) for folder in (self.native, self.second))
+        base, tuned = _model(self.base or itda.cfg.metadata.model_name), _model(self.tuned)
+        found = diff(
+            base,
+            tuned,
+            itda,
+            _dataset(self.dataset),
+            native=native,
+            second=second,
+            tokens=self.tokens,
+            column=self.column,
+        )
+        console.print(f"[b]Prompts[/b]  that changed most, of {len(found.prompts)}; q < 0.05 stands out from the bulk")
+        console.print(_ranked_table(found.prompts.head(self.rows), "row", ["n_tokens", "shift", "z", "q"]))
+        console.print("[b]Latents[/b]  that the other model uses more often")
+        console.print(_ranked_table(found.latents.head(self.rows), "latent", ["base_use", "tuned_use", "z"]))
+        if native is not None:
+            console.print("[b]Atoms[/b]  that only one of the two dictionaries has")
+            console.print(_ranked_table(found.atoms.head(self.rows), "", ["model", "atom", "shift", "need"]))
+        if self.out is not None:
+            self.out.mkdir(parents=True, exist_ok=True)
+            for name, table in found._asdict().items():
+                if len(table):
+                    table.to_csv(self.out / f"{name}.csv")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; bad input ends with its message and exit status 2."""
     parser = ArgumentParser(prog="itda-lens", description="Dictionaries of real activations for SAELens.")
     commands = parser.add_subparsers(dest="command", required=True)
-    kinds: dict[str, type] = {"quickstart": Quickstart, "build": Build, "eval": Eval, "explain": Explain}
+    kinds: dict[str, type] = {"quickstart": Quickstart, "build": Build, "eval": Eval, "explain": Explain, "diff": Diff}
     for name, kind in kinds.items():
         summary = (kind.__doc__ or "").split(".")[0]
         dashes: dict[str, Any] = {"add_option_string_dash_variants": DashVariant.DASH}
@@ -245,12 +296,27 @@ def _load(folder: Path) -> SAE:
         raise ValueError(f"{folder} can't be loaded ({type(e).__name__}): {e}") from e
 
 
+def _itda(folder: Path) -> ITDA:
+    itda = _load(folder)
+    if not isinstance(itda, ITDA):
+        raise ValueError(f"{folder} holds a {itda.cfg.architecture()!r} SAE, whose latents come from no prompt")
+    return itda
+
+
 def _metrics_table(metrics: pd.DataFrame) -> Table:
     table = Table(Column("", no_wrap=True), *(column.replace("_", " ") for column in metrics.columns))
     for name, row in metrics.iterrows():
         table.add_row(
             str(name)[-_NAME_WIDTH:], *(f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3f}" for value in row)
         )
+    return table
+
+
+def _ranked_table(rows: pd.DataFrame, index: str, columns: list[str]) -> Table:
+    table = Table(index, *columns, Column("text", no_wrap=True), box=SIMPLE_HEAD)
+    for name, row in rows.iterrows():
+        values = (f"{row[c]:.3f}" if isinstance(row[c], float) else str(row[c]) for c in columns)
+        table.add_row(str(name), *values, escape(_visible(str(row["text"]))[-_PROMPT_WIDTH:]))
     return table
 
 

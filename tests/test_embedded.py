@@ -51,7 +51,7 @@ def test_documents_split_by_name():
 
 
 def test_a_python_without_docstrings_is_told_so(monkeypatch):
-    monkeypatch.setattr(text, "_docstrings", lambda library: iter(()))
+    monkeypatch.setattr(text, "_docstrings", lambda: iter(()))
     text._documents.cache_clear()
     try:
         with pytest.raises(RuntimeError, match="without its sources or documentation"):

@@ -1,6 +1,5 @@
 """From a model and a dataset to one ITDA for each hook point, in one pass."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -11,11 +10,11 @@ from tqdm.auto import tqdm
 
 from itda_lens.building.builder import DictionaryBuilder
 from itda_lens.building.losses import LossName
-from itda_lens.provenance import tokenizer_digest
 from itda_lens.sae import ITDA
 from itda_lens.streams import HookedModel, activation_batches, canonical_hooks, load_text
 from itda_lens.streams.datasets import AnyDataset
-from itda_lens.streams.hooks import PROBE, activation_shapes
+from itda_lens.streams.hooks import hook_widths
+from itda_lens.streams.models import model_metadata
 
 
 @dataclass
@@ -117,7 +116,7 @@ def build(
     device = config.device or str(model.cfg.device)
     builders = {
         hook: config.builder(width, tokenizer=model.tokenizer, device=device)
-        for hook, width in _widths(model, hooks, config).items()
+        for hook, width in hook_widths(model, hooks, config.hook_head_index).items()
     }
     data = load_text(dataset, column=config.column)
     name = config.dataset_name or (str(dataset) if isinstance(dataset, str | Path) else None)
@@ -185,31 +184,10 @@ def _check_stream(model: HookedModel, config: BuildConfig) -> None:
         raise ValueError(f"seqpos_slice {config.seqpos_slice} leaves no position of {config.context_size}")
 
 
-def _widths(model: HookedModel, hooks: dict[str, str], config: BuildConfig) -> dict[str, int]:
-    shapes, head = activation_shapes(model, hooks.values()), config.hook_head_index
-    widths: dict[str, int] = {}
-    for hook, name in hooks.items():
-        rows_and_positions, rest = shapes[name][:2], shapes[name][2:]
-        if rows_and_positions != (1, PROBE) or not rest:
-            raise ValueError(
-                f"{hook!r} has no vector for each token: its shape is {list(shapes[name])} for one row of {PROBE} "
-                "tokens, where [row, position, ...] is needed"
-            )
-        if head is not None and (len(rest) == 1 or not -rest[0] <= head < rest[0]):
-            raise ValueError(
-                f"hook_head_index {head} does not fit {hook!r}: the hook must have heads, "
-                f"and {model.cfg.model_name} has {model.cfg.n_heads} of them"
-            )
-        widths[hook] = math.prod(rest if head is None else rest[1:])
-    return widths
-
-
 def _metadata(model: HookedModel, data: Any, name: str | None, config: BuildConfig) -> dict[str, Any]:
     info = getattr(data, "info", None)
     return {
-        "model_name": model.cfg.model_name,
-        "model_class_name": type(model).__name__,
-        "model_normalization": model.cfg.normalization_type,
+        **model_metadata(model),
         "hook_head_index": config.hook_head_index,
         "prepend_bos": config.prepend_bos,
         "context_size": config.context_size,
@@ -218,7 +196,6 @@ def _metadata(model: HookedModel, data: Any, name: str | None, config: BuildConf
         "dataset_column": config.column,
         "dataset_version": str(revision) if (revision := getattr(info, "version", None)) else None,
         "dataset_fingerprint": getattr(data, "_fingerprint", None),
-        "tokenizer_digest": tokenizer_digest(model.tokenizer),
         "seqpos_slice": list(config.seqpos_slice),
         "exclude_special_tokens": config.exclude_special_tokens,
         "versions": {p: version(p) for p in ("itda-lens", "sae-lens", "transformer-lens", "torch")},

@@ -37,14 +37,31 @@ def dataset(split: Split = "train") -> Dataset:
         >>> sorted(dataset("heldout").column_names)
         ['name', 'text']
     """
+    return _split(_documents(), split, "embedded")
+
+
+def code(split: Split = "train") -> Dataset:
+    """Another kind of text: the standard library's functions in Python, without comments and docstrings.
+
+    The embedded models were not trained on it. Columns and splits are those of `dataset`.
+
+    Raises:
+        ValueError: `split` is neither `"train"` nor `"heldout"`.
+        RuntimeError: this Python was installed without its sources.
+
+    Example:
+        >>> "def " in code("heldout")["text"][0]
+        True
+    """
+    return _split(_functions(), split, "embedded-code")
+
+
+def _split(documents: tuple[tuple[str, str], ...], split: str, name: str) -> Dataset:
     if split not in ("train", "heldout"):
         raise ValueError(f"split must be 'train' or 'heldout', got {split!r}")
-    names, texts = zip(
-        *((name, text) for name, text in _documents() if is_heldout(name) == (split == "heldout")),
-        strict=True,
-    )
-    info = DatasetInfo(dataset_name=f"embedded:{split}")
-    return Dataset.from_dict({"name": list(names), "text": list(texts)}, info=info)
+    chosen = [(title, text) for title, text in documents if is_heldout(title) == (split == "heldout")]
+    columns = {"name": [title for title, _ in chosen], "text": [text for _, text in chosen]}
+    return Dataset.from_dict(columns, info=DatasetInfo(dataset_name=f"{name}:{split}"))
 
 
 def is_heldout(name: str) -> bool:
@@ -54,17 +71,23 @@ def is_heldout(name: str) -> bool:
 
 @cache
 def _documents() -> tuple[tuple[str, str], ...]:
+    return _shuffled([*_topics(), *_docstrings()], "documentation")
+
+
+@cache
+def _functions() -> tuple[tuple[str, str], ...]:
+    return _shuffled(list(_bodies()), "code")
+
+
+def _shuffled(documents: list[tuple[str, str]], what: str) -> tuple[tuple[str, str], ...]:
     # Sorted by a hash so that neighbours in the stream are not neighbours in the manual.
-    documents = sorted(
-        [*_topics(), *_docstrings(Path(sysconfig.get_paths()["stdlib"]))],
-        key=lambda document: hashlib.sha256(document[0].encode()).digest(),
-    )
+    documents = sorted(documents, key=lambda document: hashlib.sha256(document[0].encode()).digest())
     total = sum(len(text) for _, text in documents)
     if total < MIN_TOTAL_CHARACTERS:
         raise RuntimeError(
-            f"only {total:,} characters of documentation were found in this Python's standard library, "
+            f"only {total:,} characters of {what} were found in this Python's standard library, "
             f"{MIN_TOTAL_CHARACTERS:,} are needed: it seems to be installed without its sources or documentation. "
-            "Use a Python that has them, or pass a dataset of your own in place of embedded.dataset()."
+            "Use a Python that has them, or pass a dataset of your own."
         )
     return tuple(documents)
 
@@ -77,7 +100,8 @@ def _topics() -> Iterator[tuple[str, str]]:
     yield from ((f"topics/{name}", text) for name, text in topics.items())
 
 
-def _docstrings(library: Path) -> Iterator[tuple[str, str]]:
+def _modules() -> Iterator[tuple[str, ast.Module]]:
+    library = Path(sysconfig.get_paths()["stdlib"])
     for path in library.rglob("*.py"):
         relative = path.relative_to(library)
         if _SKIPPED_FOLDERS.intersection(relative.parts):
@@ -86,7 +110,22 @@ def _docstrings(library: Path) -> Iterator[tuple[str, str]]:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError, OSError):
             continue
-        yield from _docstrings_below(tree, ".".join(relative.with_suffix("").parts))
+        yield ".".join(relative.with_suffix("").parts), tree
+
+
+def _docstrings() -> Iterator[tuple[str, str]]:
+    for name, tree in _modules():
+        yield from _docstrings_below(tree, name)
+
+
+def _bodies() -> Iterator[tuple[str, str]]:
+    for name, tree in _modules():
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef):
+                if ast.get_docstring(node) is not None:
+                    node.body = node.body[1:] or [ast.Pass()]
+                if len(text := ast.unparse(node)) >= MIN_DOCSTRING_CHARACTERS:
+                    yield f"{name}.{node.name}", text
 
 
 def _docstrings_below(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:

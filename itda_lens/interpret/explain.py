@@ -2,8 +2,7 @@
 
 from typing import Any, NamedTuple
 
-import torch
-
+from itda_lens.interpret.decompose import decompose
 from itda_lens.sae import ITDA
 from itda_lens.streams import HookedModel, canonical_hooks, check_model
 from itda_lens.streams.activations import forward
@@ -70,14 +69,8 @@ def explain(
     for place in places:
         if not -length <= place < length:
             raise ValueError(f"position {place} is not among the {length} tokens of the prompt")
-    x = forward(model, tokens, hooks, metadata.hook_head_index)[metadata.hook_name][0][places].to(itda.device)
-    with torch.no_grad():
-        if itda.hook_z_reshaping_mode:
-            x = x.unflatten(-1, (-1, model.cfg.d_head))
-        codes = itda.encode_sparse(x).merge()
-        x_hat = itda.decode(codes.to_dense(itda.cfg.d_sae).to(itda.dtype))
-        bias = itda.reshape_fn_out(itda.b_dec * itda.cfg.apply_b_dec_to_input, itda.d_head)
-        error = (x - x_hat).flatten(1).square().sum(-1) / (x - bias).flatten(1).square().sum(-1)
+    x = forward(model, tokens, hooks, metadata.hook_head_index)[metadata.hook_name][0][places]
+    codes, error = decompose(itda, x)
     explanations = []
     for i, place in enumerate(places):
         order = codes.values[i].abs().argsort(descending=True)[:n_terms].tolist()

@@ -1,7 +1,8 @@
 """Hook points of a model, checked before any work."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from transformer_lens.model_bridge import TransformerBridge
@@ -56,3 +57,32 @@ def activation_shapes(model: HookedModel, hooks: Iterable[str]) -> dict[str, tor
                 "leaves some off until asked (hook_mlp_in until model.set_use_hook_mlp_in(True)), and others unused"
             )
     return {name: cache[name].shape for name in names}
+
+
+def hook_widths(model: HookedModel, hooks: Mapping[str, str], head_index: int | None = None) -> dict[str, int]:
+    """The width of the vector that each hook has for each token, of one head alone if `head_index` is given.
+
+    Args:
+        model: the model.
+        hooks: from the names of the result to the model's own names (see `canonical_hooks`).
+        head_index: an attention head.
+
+    Raises:
+        ValueError: a hook has no vector for each token, or not this head.
+    """
+    shapes = activation_shapes(model, hooks.values())
+    widths: dict[str, int] = {}
+    for hook, name in hooks.items():
+        rows_and_positions, rest = shapes[name][:2], shapes[name][2:]
+        if rows_and_positions != (1, PROBE) or not rest:
+            raise ValueError(
+                f"{hook!r} has no vector for each token: its shape is {list(shapes[name])} for one row of {PROBE} "
+                "tokens, where [row, position, ...] is needed"
+            )
+        if head_index is not None and (len(rest) == 1 or not -rest[0] <= head_index < rest[0]):
+            raise ValueError(
+                f"hook_head_index {head_index} does not fit {hook!r}: the hook must have heads, "
+                f"and {model.cfg.model_name} has {model.cfg.n_heads} of them"
+            )
+        widths[hook] = math.prod(rest if head_index is None else rest[1:])
+    return widths

@@ -7,7 +7,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from sae_lens import HookedSAETransformer
@@ -18,6 +18,8 @@ from transformer_lens.loading_from_pretrained import get_official_model_name
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from itda_lens.provenance import tokenizer_digest
 
 HookedModel: TypeAlias = HookedTransformer | TransformerBridge
 
@@ -90,6 +92,16 @@ def official_name(name: str) -> str:
             f"{name!r} is neither a model that TransformerLens knows nor a local Hugging Face folder."
             + (f" Near it: {', '.join(near)}" if near else "")
         ) from None
+
+
+def model_metadata(model: HookedModel) -> dict[str, Any]:
+    """What the metadata of an SAE says of the model that it belongs to."""
+    return {
+        "model_name": model.cfg.model_name,
+        "model_class_name": type(model).__name__,
+        "model_normalization": model.cfg.normalization_type,
+        "tokenizer_digest": tokenizer_digest(model.tokenizer),
+    }
 
 
 def check_model(metadata: SAEMetadata, model: HookedModel, what: str = "this dictionary") -> None:
