@@ -63,12 +63,11 @@ def other_architectures(best: Settings) -> Iterator[Settings]:
     short = replace(best, draws=best.draws // 10)
     pursuit = replace(short, architecture="matching_pursuit")
     yield from (replace(pursuit, lr=best.lr / part) for part in (1, 2.5, 6, 15))
-    rate = chosen(FIRST, pursuit).lr
-    yield from (replace(best, architecture="matching_pursuit", lr=rate / part) for part in (1, 2.5))
+    yield replace(best, architecture="matching_pursuit", lr=chosen(FIRST, pursuit).lr)
     standard = [replace(short, architecture="standard", l1=l1) for l1 in L1]
     yield from standard
     l1 = with_l0(8, standard)
-    yield from (replace(best, architecture="standard", l1=float(f"{l1 * part:.3g}")) for part in (1, 0.8, 0.64))
+    yield from (replace(best, architecture="standard", l1=float(f"{l1 * part:.3g}")) for part in (1, 0.8))
 
 
 def chosen(cell: Cell, like: Settings) -> Settings:
