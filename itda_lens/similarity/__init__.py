@@ -1,5 +1,6 @@
 """How alike two layers, two dictionaries or two models are, and how much of that is chance."""
 
+from itda_lens.similarity.calibration import Calibration, calibrate, calibrate_jaccard
 from itda_lens.similarity.declaration import MEASURES, Declaration
 from itda_lens.similarity.jaccard import jaccard
 from itda_lens.similarity.layers import Matching, layer_matching_accuracy, layer_similarity, matching_interval
@@ -10,9 +11,12 @@ from itda_lens.similarity.svcca import svcca
 
 __all__ = [
     "MEASURES",
+    "Calibration",
     "CrossMoments",
     "Declaration",
     "Matching",
+    "calibrate",
+    "calibrate_jaccard",
     "jaccard",
     "layer_matching_accuracy",
     "layer_similarity",

@@ -1,7 +1,7 @@
 """What a measure of two representations promises, as data: its tests are generated from this."""
 
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -24,6 +24,16 @@ class Declaration(NamedTuple):
     """Which transforms leave it as it is, and of which argument. The same permutation is applied to both."""
     of_moments: Callable[[PairMoments], float] | None
     """The same from second moments, for streams; None where the tokens themselves are needed."""
+    in_steps: "Steps | None"
+    """The same in steps, where much of the work is on each argument by itself."""
+
+
+class Steps(NamedTuple):
+    """A measure as `compare(prepare(x), permute(prepare(y), order))`, the same as of `x` and `y[order]`."""
+
+    prepare: Callable[[Tensor], Any]
+    permute: Callable[[Any, Tensor], Any]
+    compare: Callable[[Any, Any], float]
 
 
 MEASURES: dict[str, Declaration] = {}
@@ -38,11 +48,12 @@ def declare(
     symmetric: bool,
     invariant: Mapping[Transform, Side],
     of_moments: Callable[[PairMoments], float] | None = None,
+    in_steps: Steps | None = None,
 ) -> Callable[[Measure], Measure]:
     """Enter a measure in `MEASURES`, under the name of its function."""
 
     def enter(compare: Measure) -> Measure:
-        MEASURES[compare.__name__] = Declaration(compare, range, symmetric, invariant, of_moments)
+        MEASURES[compare.__name__] = Declaration(compare, range, symmetric, invariant, of_moments, in_steps)
         return compare
 
     return enter

@@ -4,6 +4,8 @@ import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from typing import TypeAlias
 
+import numpy as np
+
 from itda_lens.provenance import IdentityKind, Provenance
 from itda_lens.sae import ITDA
 
@@ -79,11 +81,12 @@ def check_streams(a: Provenance, b: Provenance, any_shared: bool) -> None:
     """Compare the beginnings of rows that both have atoms of; warn where some differ, and raise where all do."""
     if not ((a.prompts and b.prompts) or (a.sequences and b.sequences and a.tokenizer_digest == b.tokenizer_digest)):
         return
-    rows = sorted(set(a.row.tolist()) & set(b.row.tolist()))
+    texts = bool(a.prompts and b.prompts)
+    rows = np.intersect1d(a.row.numpy(), b.row.numpy())
     rows = rows[:: max(1, len(rows) // _ROWS_COMPARED)]
-    beginnings = [_beginnings(side, rows, bool(a.prompts and b.prompts)) for side in (a, b)]
-    alike = sum(s[: min(len(s), len(t))] == t[: min(len(s), len(t))] for s, t in zip(*beginnings, strict=True))
-    if rows and alike == 0 and not any_shared:
+    beginnings = zip(_beginnings(a, rows, texts), _beginnings(b, rows, texts), strict=True)
+    alike = sum(s[: min(len(s), len(t))] == t[: min(len(s), len(t))] for s, t in beginnings)
+    if len(rows) and alike == 0 and not any_shared:
         raise ValueError(
             f"the dictionaries were built on different streams: of {len(rows)} rows that both have atoms of, none "
             "begins alike, and no atom is in both. Build both on the same text, with the same context_size"
@@ -96,11 +99,9 @@ def check_streams(a: Provenance, b: Provenance, any_shared: bool) -> None:
         )
 
 
-def _beginnings(provenance: Provenance, rows: list[int], texts: bool) -> list[str] | list[list[int]]:
+def _beginnings(provenance: Provenance, rows: np.ndarray, texts: bool) -> list[str] | list[list[int]]:
     if not texts:
-        return [provenance.sequences[row].tolist() for row in rows]
-    last: dict[int, int] = {}
-    for atom, row in enumerate(provenance.row.tolist()):
-        if row not in last or provenance.position[atom] > provenance.position[last[row]]:
-            last[row] = atom
-    return [provenance.text(last[row]) for row in rows]
+        return [provenance.sequences[row].tolist() for row in rows.tolist()]
+    order = np.lexsort((provenance.position.numpy(), provenance.row.numpy()))
+    last = order[np.searchsorted(provenance.row.numpy()[order], rows, side="right") - 1]
+    return [provenance.text(atom) for atom in last.tolist()]

@@ -54,8 +54,7 @@ class CrossMoments:
         self._own.clear()
         columns: list[Tensor] = []
         for x, origin in zip(batch, self._origins, strict=True):
-            x = x - origin
-            columns += [x, x.square().sum(dim=1, keepdim=True), x.new_ones(len(x), 1)]
+            columns.append(augmented(x - origin))
         stacked = torch.cat(columns, dim=1)
         self._sums += stacked.T @ stacked
 
@@ -102,6 +101,11 @@ class PairMoments(NamedTuple):
     def cross(self) -> Float64[Tensor, "d e"]:
         """The cross-covariance."""
         return _centred(self.sums)
+
+
+def augmented(x: Float64[Tensor, "t d"]) -> Float64[Tensor, "t d_and_2"]:
+    """Activations with their squared norm and a one appended."""
+    return torch.cat([x, x.square().sum(dim=1, keepdim=True), x.new_ones(len(x), 1)], dim=1)
 
 
 def _centred(sums: Tensor) -> Tensor:

@@ -5,9 +5,29 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from itda_lens.similarity.declaration import check_pair, declare
+from itda_lens.similarity.declaration import Steps, check_pair, declare
 
 _BLOCK = 1024
+_K = 10
+
+
+def _neighbours(x: Float[Tensor, "t d"], k: int) -> Int64[Tensor, "t k"]:
+    unit = normalize(x.double(), dim=1)
+    found: list[Tensor] = []
+    for start in range(0, len(unit), _BLOCK):
+        cosines = unit[start : start + _BLOCK] @ unit.T
+        cosines.diagonal(start).fill_(-torch.inf)
+        found.append(cosines.topk(k, dim=1).indices)
+    return torch.cat(found)
+
+
+def _shared(a: Int64[Tensor, "t k"], b: Int64[Tensor, "t k"]) -> float:
+    return float((a[:, :, None] == b[:, None, :]).any(dim=2).double().mean())
+
+
+def _permuted(neighbours: Int64[Tensor, "t k"], order: Int64[Tensor, " t"]) -> Int64[Tensor, "t k"]:
+    # Token i is now what was token order[i], and neighbours go by their new numbers.
+    return order.argsort()[neighbours[order]]
 
 
 @declare(
@@ -17,8 +37,9 @@ _BLOCK = 1024
         "orthogonal": "both", "isotropic scaling": "both", "invertible linear": "neither", "shift": "neither",
         "token permutation": "both",
     },
+    in_steps=Steps(lambda x: _neighbours(x, _K), _permuted, _shared),
 )  # fmt: skip
-def mutual_knn(x: Float[Tensor, "t d"], y: Float[Tensor, "u e"], *, k: int = 10) -> float:
+def mutual_knn(x: Float[Tensor, "t d"], y: Float[Tensor, "u e"], *, k: int = _K) -> float:
     """The share of a token's `k` nearest other tokens, by cosine, that are the same in both: 0 to 1.
 
     Huh et al. 2024 (arXiv 2405.07987, appendix A). By chance it is `k / (t - 1)`. The distances take `t^2` time: use
@@ -88,17 +109,3 @@ def relative(
         unit = normalize(side - side.mean(dim=0) if center else side, dim=1)
         described.append(normalize(unit @ unit[anchors].T, dim=1))
     return float((described[0] * described[1]).sum(dim=1).mean())
-
-
-def _neighbours(x: Float[Tensor, "t d"], k: int) -> Int64[Tensor, "t k"]:
-    unit = normalize(x.double(), dim=1)
-    found: list[Tensor] = []
-    for start in range(0, len(unit), _BLOCK):
-        cosines = unit[start : start + _BLOCK] @ unit.T
-        cosines.diagonal(start).fill_(-torch.inf)
-        found.append(cosines.topk(k, dim=1).indices)
-    return torch.cat(found)
-
-
-def _shared(a: Int64[Tensor, "t k"], b: Int64[Tensor, "t k"]) -> float:
-    return float((a[:, :, None] == b[:, None, :]).any(dim=2).double().mean())
