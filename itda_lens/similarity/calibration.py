@@ -64,11 +64,10 @@ def calibrate(
     name = measure if isinstance(measure, str) else "measure"
     if name in MEASURES:
         return calibrate_all(layers_a, layers_b, [name], permutations=permutations, seed=seed)[name]
-    _check_permutations(permutations)
+    permuted = orders(len(layers_b[0]), permutations, seed)
     observed = layer_similarity(layers_a, layers_b, measure)
-    orders = _orders(len(layers_b[0]), permutations, seed)
-    null = [layer_similarity(layers_a, [b[order] for b in layers_b], measure) for order in orders]
-    return _calibration(observed, torch.stack(null), largest)
+    null = [layer_similarity(layers_a, [b[order] for b in layers_b], measure) for order in permuted]
+    return against(observed, torch.stack(null), largest)
 
 
 def calibrate_all(
@@ -80,21 +79,21 @@ def calibrate_all(
     seed: int = 0,
 ) -> dict[str, Calibration]:
     """`calibrate` for several measures, with the same permutations and what they share computed once."""
-    _check_permutations(permutations)
+    permuted = orders(len(layers_b[0]), permutations, seed)
     observed = {name: layer_similarity(layers_a, layers_b, name) for name in names}
     null: dict[str, list[Tensor]] = {name: [] for name in names}
     declared = {name: MEASURES[name] for name in names}
     linear = {name: m.of_moments for name, m in declared.items() if m.of_moments is not None}
     products = _Products(layers_a, layers_b) if linear else None
     others = {name: _Sides(m, layers_a, layers_b) for name, m in declared.items() if m.of_moments is None}
-    for order in _orders(len(layers_b[0]), permutations, seed):
+    for order in permuted:
         if products is not None:
             pairs = products.of(order)
             for name, of_moments in linear.items():
                 null[name].append(torch.tensor([[of_moments(pair) for pair in row] for row in pairs]).double())
         for name, sides in others.items():
             null[name].append(sides.of(order))
-    return {name: _calibration(observed[name], torch.stack(null[name]), m.range[1]) for name, m in declared.items()}
+    return {name: against(observed[name], torch.stack(null[name]), m.range[1]) for name, m in declared.items()}
 
 
 def calibrate_jaccard(
@@ -135,10 +134,11 @@ def calibrate_jaccard(
     n, m = (np.array([len(atoms) for atoms in side]) for side in sides)
     n, m = np.broadcast_arrays(n[:, None], m[None])
     shared = np.random.default_rng(seed).hypergeometric(n, tokens - n, m, size=(draws, *n.shape))
-    return _calibration(observed, torch.from_numpy(shared / (n + m - shared)), 1.0)
+    return against(observed, torch.from_numpy(shared / (n + m - shared)), 1.0)
 
 
-def _calibration(observed: Tensor, null: Tensor, largest: float) -> Calibration:
+def against(observed: Float64[Tensor, "la lb"], null: Float64[Tensor, "n la lb"], largest: float) -> Calibration:
+    """The calibration that draws of a null give."""
     permutations = len(null)
     chance, deviation = null.mean(dim=0), null.std(dim=0, correction=0).clamp_min(1e-12)
     height = (observed - chance) / deviation
@@ -192,7 +192,9 @@ def _centred(x: Float[Tensor, "t d"]) -> Float64[Tensor, "t d"]:
     return x.double() - x.double().mean(dim=0)
 
 
-def _orders(tokens: int, permutations: int, seed: int) -> list[Tensor]:
+def orders(tokens: int, permutations: int, seed: int) -> list[Int64[Tensor, " t"]]:
+    """Random orders of the tokens; ValueError where none are asked for."""
+    _check_permutations(permutations)
     generator = torch.Generator().manual_seed(seed)
     return [torch.randperm(tokens, generator=generator) for _ in range(permutations)]
 

@@ -15,7 +15,8 @@ def _cka(m: PairMoments) -> float:
     return float(m.cross.square().sum() / (m.x.covariance.norm() * m.y.covariance.norm()))
 
 
-def _debiased_cka(m: PairMoments) -> float:
+def debiased_cka_of_moments(m: PairMoments) -> float:
+    """`linear_cka` with `debiased`, from second moments."""
     own = _unbiased_hsic(m.x.sums) * _unbiased_hsic(m.y.sums)
     return float(_unbiased_hsic(m.sums) / own.sqrt())
 
@@ -68,7 +69,7 @@ def linear_cka(
     if len(x) < max(x.shape[1], y.shape[1]):
         return _gram_cka(x, y, debiased)
     moments = PairMoments.of(x, y)
-    return _debiased_cka(moments) if debiased else _cka(moments)
+    return debiased_cka_of_moments(moments) if debiased else _cka(moments)
 
 
 @declare(

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from itda_lens.pursuit import matching_pursuit
+from itda_lens.similarity.calibration import Calibration, against, orders
 
 
 class MembershipProfiles:
@@ -15,9 +16,9 @@ class MembershipProfiles:
 
     An ITDA says of a token that it is an atom or that it is not, and which of many like tokens comes first is chance.
     This says how badly the token is missed: the share of its squared norm that is left when it is decomposed, as
-    an ITDA decomposes, into `k` atoms of a dictionary; the mean over several dictionaries. Their atoms are prompts drawn
-    at random from the beginning of the stream, *the same in every layer and model*, so that what differs between
-    two profiles is the layers' geometry and not a choice of atoms.
+    an ITDA decomposes, into `k` atoms of a dictionary; the mean over several dictionaries. Their atoms are prompts
+    drawn at random from the beginning of the stream, *the same in every layer and model*, so that what differs
+    between two profiles is the layers' geometry and not a choice of atoms.
 
     Args:
         layers: how many layers there are, over all models.
@@ -99,12 +100,23 @@ class MembershipProfiles:
     def similarity(self, layers_a: Sequence[int], layers_b: Sequence[int]) -> Float64[Tensor, "la lb"]:
         """The correlation of profiles, over tokens, after each model's mean over these layers is taken off.
 
-        A rare token is missed in every layer; taken off with the mean, that no longer hides what is special about a layer.
+        A rare token is missed in every layer; taken off with the mean, it no longer hides what is special of a layer.
         With one layer of a model there is nothing to take off, and plain correlations are returned.
         """
-        sides = [_standardised(self.profiles(layers)) for layers in (layers_a, layers_b)]
-        special = [_standardised(side - side.mean(dim=0)) if len(side) > 1 else side for side in sides]
-        return special[0] @ special[1].T / special[0].shape[1]
+        a, b = self._special(layers_a), self._special(layers_b)
+        return a @ b.T / a.shape[1]
+
+    def calibrate(
+        self, layers_a: Sequence[int], layers_b: Sequence[int], *, permutations: int = 200, seed: int = 0
+    ) -> Calibration:
+        """The similarity against permutations of the tokens (see `calibrate`)."""
+        a, b = self._special(layers_a), self._special(layers_b)
+        null = [a @ b[:, order].T / a.shape[1] for order in orders(a.shape[1], permutations, seed)]
+        return against(a @ b.T / a.shape[1], torch.stack(null), largest=1.0)
+
+    def _special(self, layers: Sequence[int]) -> Float64[Tensor, "l t"]:
+        profiles = _standardised(self.profiles(layers))
+        return _standardised(profiles - profiles.mean(dim=0)) if len(layers) > 1 else profiles
 
     def _made(self) -> list[tuple[Tensor, Tensor]]:
         mixed = torch.randperm(len(self._drawn), generator=torch.Generator().manual_seed(self._seed)).view(self._shape)

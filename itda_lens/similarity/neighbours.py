@@ -1,7 +1,7 @@
 """Measures from angles between tokens: mutual nearest neighbours and relative representations."""
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -99,13 +99,26 @@ def relative(
     """
     check_pair(x, y)
     if isinstance(anchors, int):
-        if not 1 <= anchors <= len(x):
-            raise ValueError(f"{anchors} anchors can't be chosen from {len(x)} tokens: ask for 1 to {len(x)}")
-        anchors = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:anchors]
+        anchors = random_anchors(len(x), anchors, seed)
     elif len(anchors) == 0 or not bool(((anchors >= 0) & (anchors < len(x))).all()):
         raise ValueError(f"anchors must be one or more rows from 0 to {len(x) - 1}")
-    described: list[Tensor] = []
-    for side in (x.double(), y.double()):
-        unit = normalize(side - side.mean(dim=0) if center else side, dim=1)
-        described.append(normalize(unit @ unit[anchors].T, dim=1))
-    return float((described[0] * described[1]).sum(dim=1).mean())
+    return mean_cosine(*(described(side, anchors, center) for side in (x, y)))
+
+
+def random_anchors(tokens: int, anchors: int, seed: int) -> Int64[Tensor, " a"]:
+    """Some of the tokens at random; ValueError where there are not as many."""
+    if not 1 <= anchors <= tokens:
+        raise ValueError(f"{anchors} anchors can't be chosen from {tokens} tokens: ask for 1 to {tokens}")
+    return torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))[:anchors]
+
+
+def described(x: Float[Tensor, "t d"], anchors: Int64[Tensor, " a"], center: bool = True) -> Float64[Tensor, "t a"]:
+    """The relative representation: cosines of each token with the anchors, as a unit vector."""
+    x = x.double()
+    unit = normalize(x - x.mean(dim=0) if center else x, dim=1)
+    return normalize(unit @ unit[anchors].T, dim=1)
+
+
+def mean_cosine(a: Float64[Tensor, "t a"], b: Float64[Tensor, "t a"]) -> float:
+    """The mean over tokens of the cosine between unit vectors."""
+    return float((a * b).sum(dim=1).mean())
