@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from itda_lens import embedded
-from itda_lens.similarity import LayerMatching, MatchingConfig, match_layers
+from itda_lens.similarity import LayerMatching, MatchingConfig, less_layer_mean, match_layers
 from itda_lens.streams import load_model
 
 PLOTTED = (
@@ -57,6 +57,8 @@ def main() -> None:
     dataset = args.dataset or concatenate_datasets([embedded.dataset("heldout"), embedded.dataset("train")])
     started, processor = time.perf_counter(), time.process_time()
     found = match_layers(models, dataset, config=config)
+    for name in ("linear_cka", "procrustes", "mutual_knn", "relative", "jaccard, equal size"):
+        found.matrices[f"{name}, mean taken off"] = less_layer_mean(found.matrices[name])
     seconds, processor = time.perf_counter() - started, time.process_time() - processor
     console = Console(width=130)
     console.print(shown(found.table()), *found.notes, found.sizes)

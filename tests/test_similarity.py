@@ -21,6 +21,7 @@ from itda_lens.similarity import (
     jaccard,
     layer_matching_accuracy,
     layer_similarity,
+    less_layer_mean,
     linear_cka,
     linear_regression_r2,
     matching_interval,
@@ -363,6 +364,17 @@ def test_layer_matching_accuracy():
     ]:
         with pytest.raises(ValueError, match=message):
             layer_matching_accuracy(bad)
+
+
+def test_the_mean_over_layers_is_taken_off_as_from_vectors():
+    g = torch.Generator().manual_seed(0)
+    layers = {m: torch.nn.functional.normalize(torch.rand(4, 50, generator=g), dim=1) for m in "ab"}
+    matrices = {(p, q): layers[p] @ layers[q].T for p in "ab" for q in "ab"}
+    left = {m: torch.nn.functional.normalize(x - x.mean(dim=0), dim=1) for m, x in layers.items()}
+    for (p, q), matrix in less_layer_mean(matrices).items():
+        assert torch.allclose(matrix, left[p] @ left[q].T, atol=1e-5)
+    with pytest.raises(ValueError, match="like the mean of its model"):
+        less_layer_mean({("a", "a"): torch.ones(3, 3)})
 
 
 def test_intervals_are_over_pairs_of_models():

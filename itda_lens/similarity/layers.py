@@ -69,6 +69,22 @@ def layer_matching_accuracy(matrices: Matrices) -> float:
     return float(torch.cat(found).mean())
 
 
+def less_layer_mean(matrices: Mapping[tuple[str, str], Float[Tensor, "l l"]]) -> dict[tuple[str, str], Tensor]:
+    """The similarities after each model's mean over layers is taken off, as `MembershipProfiles.similarity` does.
+
+    For a measure that is an inner product of unit vectors (CKA of Gram matrices, the cosine of sets) this is exactly
+    the cosine of what is left of them; for others it is the same formula. A model with itself must be among the pairs.
+
+    Raises:
+        ValueError: a layer is like the mean of its model, so that nothing is left.
+    """
+    centred = {pair: m - m.mean(0) - m.mean(1, keepdim=True) + m.mean() for pair, m in matrices.items()}
+    own = {a: centred[a, a].diagonal() for a, _ in matrices}
+    if not all(bool((left > 0).all()) for left in own.values()):
+        raise ValueError("a layer is like the mean of its model: nothing is left when that is taken off")
+    return {(a, b): m / (own[a][:, None] * own[b]).sqrt() for (a, b), m in centred.items()}
+
+
 def matches(matrix: Float[Tensor, "la lb"]) -> Float64[Tensor, " la"]:
     """For each row 1 where the largest value is on the diagonal, 0 where it is not, a share where it is tied."""
     rows, columns = matrix.shape
@@ -126,12 +142,12 @@ def matching_interval(
     pairs: dict[frozenset[str], list[Tensor]] = {}
     for pair, matrix in chosen.items():
         pairs.setdefault(frozenset(pair), []).append(matches(matrix))
-    sums = torch.tensor([float(torch.cat(found).sum()) for found in pairs.values()])
-    counts = torch.tensor([float(len(torch.cat(found))) for found in pairs.values()])
+    sums = torch.stack([torch.cat(found).sum() for found in pairs.values()])
+    counts = torch.tensor([len(torch.cat(found)) for found in pairs.values()])
     drawn = torch.randint(len(pairs), (resamples, len(pairs)), generator=torch.Generator().manual_seed(seed))
     spread = sums[drawn].sum(dim=1) / counts[drawn].sum(dim=1)
     tail = (1 - level) / 2
-    low, high = spread.quantile(torch.tensor([tail, 1 - tail])).tolist()
+    low, high = spread.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return Matching(accuracy, low, high, int(counts.sum()))
 
 

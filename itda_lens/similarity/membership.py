@@ -29,7 +29,8 @@ class MembershipProfiles:
         seed: of the choice of prompts.
 
     Raises:
-        ValueError: a number below 1, `k` above `atoms`, or a beginning shorter than the prompts drawn from it.
+        ValueError: a number below 1, `k` above `atoms`, a beginning shorter than the prompts drawn from it; or, in
+            `update`, a layer that is constant.
 
     Example:
         >>> profiles = MembershipProfiles(2, dictionaries=2, atoms=5, k=2, beginning=20)
@@ -97,13 +98,17 @@ class MembershipProfiles:
             )
         return torch.stack([torch.cat(self._grades[layer]).double() for layer in layers])
 
-    def similarity(self, layers_a: Sequence[int], layers_b: Sequence[int]) -> Float64[Tensor, "la lb"]:
+    def similarity(
+        self, layers_a: Sequence[int], layers_b: Sequence[int], *, less_mean: bool = True
+    ) -> Float64[Tensor, "la lb"]:
         """The correlation of profiles, over tokens, after each model's mean over these layers is taken off.
 
         A rare token is missed in every layer; taken off with the mean, it no longer hides what is special of a layer.
-        With one layer of a model there is nothing to take off, and plain correlations are returned.
+        With one layer of a model there is nothing to take off, and plain correlations are returned, as they are
+        without `less_mean`.
         """
-        a, b = self._special(layers_a), self._special(layers_b)
+        of = self._special if less_mean else lambda layers: _standardised(self.profiles(layers))
+        a, b = of(layers_a), of(layers_b)
         return a @ b.T / a.shape[1]
 
     def calibrate(
@@ -121,9 +126,14 @@ class MembershipProfiles:
     def _made(self) -> list[tuple[Tensor, Tensor]]:
         mixed = torch.randperm(len(self._drawn), generator=torch.Generator().manual_seed(self._seed)).view(self._shape)
         made: list[tuple[Tensor, Tensor]] = []
-        for prompts, total in zip(self._prompts, self._sums, strict=True):
+        for layer, (prompts, total) in enumerate(zip(self._prompts, self._sums, strict=True)):
             mean = (total / self.beginning).float()
-            made.append((mean, normalize(torch.cat(prompts) - mean, dim=1)[mixed]))
+            centred = torch.cat(prompts) - mean
+            if not bool((centred.norm(dim=1) > 1e-6 * mean.norm()).all()):
+                raise ValueError(
+                    f"layer {layer} is the same for every token, or some tokens are its very mean: choose another hook"
+                )
+            made.append((mean, normalize(centred, dim=1)[mixed]))
         self._prompts = [[] for _ in made]
         return made
 
@@ -140,6 +150,7 @@ def _standardised(profiles: Float64[Tensor, "l t"]) -> Float64[Tensor, "l t"]:
     deviation = centred.square().mean(dim=1, keepdim=True).sqrt()
     if not bool((deviation > 1e-12).all()):
         raise ValueError(
-            "the grades of a layer are the same for every token: it is constant, or the dictionaries miss nothing"
+            "the grades of a layer are the same for every token, or those of the model's other layers: it is given "
+            "twice, or its dictionaries miss nothing (take fewer atoms)"
         )
     return centred / deviation

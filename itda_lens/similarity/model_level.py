@@ -1,12 +1,15 @@
 """Whole models by their dictionaries: one against another, and checkpoints against the last."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import pandas as pd
+from torch import Tensor
 
 from itda_lens.similarity.jaccard import Dictionary, identity_sets, jaccard, jaccard_index, provenance_of
 from itda_lens.similarity.layers import layer_similarity
+from itda_lens.similarity.matching import LayerMatching
 
 Layers: TypeAlias = Sequence[Dictionary] | Mapping[str, Dictionary]
 
@@ -81,6 +84,30 @@ def model_similarity(models: Mapping[str, Layers]) -> pd.DataFrame:
     names = list(models)
     matrix = layer_similarity(list(models.values()), list(models.values()), model_jaccard)
     return pd.DataFrame(matrix.numpy(), index=names, columns=names)
+
+
+def match_dictionaries(models: Mapping[str, Mapping[str, Dictionary]]) -> LayerMatching:
+    """Match layers by saved dictionaries alone: the Jaccard index, and their sizes for a control.
+
+    Args:
+        models: by name, `build`'s result for each, of the same hooks and on the same stream.
+
+    Raises:
+        ValueError: fewer than two models or hooks, hooks that differ, or what `jaccard` raises.
+    """
+    if len(models) < 2:
+        raise ValueError(f"layers are matched between models, and there is {len(models)}: give at least two")
+    names, hooks = list(models), list(next(iter(models.values())))
+    if odd := [name for name in names if set(models[name]) != set(hooks)]:
+        raise ValueError(
+            f"{odd[0]} has the hooks {sorted(models[odd[0]])}, {names[0]} has {sorted(hooks)}: build all alike"
+        )
+    layers = {name: [provenance_of(models[name][hook]) for hook in hooks] for name in names}
+    matrices: dict[str, dict[tuple[str, str], Tensor]] = {"jaccard": {}, "size alone": {}}
+    for a, b in itertools.product(names, repeat=2):
+        matrices["jaccard"][a, b] = layer_similarity(layers[a], layers[b], jaccard)
+        matrices["size alone"][a, b] = layer_similarity(layers[a], layers[b], lambda x, y: -abs(len(x) - len(y)))
+    return LayerMatching(names, hooks, 0, matrices)
 
 
 def _listed(itdas: Layers) -> list[Dictionary]:

@@ -96,8 +96,8 @@ def match_layers(
         >>> models = {f"seed {seed}": embedded.model(seed) for seed in (0, 1)}
         >>> config = MatchingConfig(tokens=2000, sample=500, n_atoms=50, dictionaries=2, beginning=400, permutations=0)
         >>> found = match_layers(models, embedded.dataset("heldout"), config=config)
-        >>> found.table().loc["linear_cka", "cells"]
-        12
+        >>> round(found.table().loc["size alone, equal size", "accuracy"], 3)
+        0.167
     """
     config = config or MatchingConfig()
     if hooks is None:
@@ -179,6 +179,8 @@ class _Seen:
             for name, of in compare.items():
                 matrices.setdefault(name, {})[a, b] = layer_similarity(rows, columns, of)
             matrices.setdefault(GRADED, {})[a, b] = self._profiles.similarity(rows, columns)
+            plain = self._profiles.similarity(rows, columns, less_mean=False)
+            matrices.setdefault(f"{GRADED}, mean not taken off", {})[a, b] = plain
         sizes = {name: [len(at_threshold[layer]) for layer in self._layers(name)] for name in self.models}
         calibrations = self._calibrations(samples, at_threshold, at_size) if self.config.permutations else {}
         return LayerMatching(self.models, self.hooks, self.tokens, matrices, calibrations, sizes, notes)
