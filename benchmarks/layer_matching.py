@@ -28,11 +28,10 @@ PLOTTED = (
 
 
 def shown(table: pd.DataFrame) -> Table:
-    view = Table("measure", *table.columns.drop("cells"))
+    table = table.drop(columns="cells")
+    view = Table("measure", *table.columns)
     for name, row in table.iterrows():
-        view.add_row(
-            str(name), *("" if pd.isna(x) else f"{x:.0f}" if c == "cells" else f"{x:.3f}" for c, x in row.items())
-        )
+        view.add_row(str(name), *("" if pd.isna(x) else f"{x:.3f}" for x in row))
     return view
 
 

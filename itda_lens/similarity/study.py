@@ -94,9 +94,9 @@ def match_layers(
     Example:
         >>> from itda_lens import embedded
         >>> models = {f"seed {seed}": embedded.model(seed) for seed in (0, 1)}
-        >>> config = MatchingConfig(tokens=2000, sample=500, n_atoms=50, dictionaries=2, beginning=400, permutations=0)
+        >>> config = MatchingConfig(tokens=2000, sample=500, n_atoms=200, dictionaries=2, beginning=400, permutations=0)
         >>> found = match_layers(models, embedded.dataset("heldout"), config=config)
-        >>> round(found.table().loc["size alone, equal size", "accuracy"], 3)
+        >>> round(found.table().loc["size alone, equal size", "accuracy"].item(), 3)
         0.167
     """
     config = config or MatchingConfig()
