@@ -3,7 +3,7 @@
 Importing this package registers the architecture `"itda"` with SAELens, so that `SAE.load_from_disk` knows it.
 """
 
-from itda_lens import embedded, evals, interpret
+from itda_lens import embedded, evals, interpret, similarity
 from itda_lens.artifacts import load_paper_artifact
 from itda_lens.building import BuildConfig, BuildStats, DictionaryBuilder, build
 from itda_lens.hub import upload
@@ -27,5 +27,6 @@ __all__ = [
     "interpret",
     "load_paper_artifact",
     "matching_pursuit",
+    "similarity",
     "upload",
 ]

@@ -1,5 +1,6 @@
 """The command `itda-lens`. Each sub-command is a dataclass, whose fields are its options."""
 
+import importlib.util
 import re
 import sys
 import time
@@ -24,6 +25,7 @@ from itda_lens.building import BuildConfig, build
 from itda_lens.evals import evaluate, random_activations, random_directions
 from itda_lens.interpret import Explanation, diff, explain
 from itda_lens.sae import ITDA
+from itda_lens.similarity import MatchingConfig, match_dictionaries, match_layers
 from itda_lens.streams import HookedModel, load_model
 
 _EMBEDDED_MODEL = re.compile(r"(?:embedded(?::|$)|itda-embedded-seed)(\d*)$")
@@ -255,15 +257,52 @@ class Diff:
                     table.to_csv(self.out / f"{name}.csv")
 
 
+@dataclass(kw_only=True)
+class Compare(MatchingConfig):
+    """Compare models layer by layer, by every measure; or saved dictionaries, by their atoms."""
+
+    models: list[str] = field(default_factory=list)
+    """Two or more, as for build, that differ by seed: each layer is matched with those of the others."""
+    dataset: str | None = None
+    """As for build: what the models read."""
+    hooks: list[str] = field(default_factory=list)
+    """Hook points that all models have; the residual stream after each layer if not given."""
+    builds: list[Path] = field(default_factory=list)
+    """In place of models: two or more folders that build has written on the same text."""
+    csv: Path | None = None
+    """Write the similarity of every pair of layers to this file too."""
+    plot: Path | None = None
+    """Write heatmaps to this image file (needs matplotlib)."""
+
+    def run(self, console: Console) -> None:
+        if bool(self.models) == bool(self.builds):
+            raise ValueError("pass --models with --dataset, or --builds")
+        if self.plot is not None and importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("--plot needs matplotlib: pip install matplotlib")
+        if self.builds:
+            found = match_dictionaries({str(folder): _load_build(folder) for folder in self.builds})
+        else:
+            if self.dataset is None:
+                raise ValueError("--models needs --dataset, the text that they read")
+            config = MatchingConfig(**{f.name: getattr(self, f.name) for f in fields(MatchingConfig)})
+            models = {name: _model(name) for name in self.models}
+            found = match_layers(models, _dataset(self.dataset), self.hooks or None, config)
+        console.print(_metrics_table(found.table()), *found.notes)
+        if self.csv is not None:
+            found.cells().to_csv(self.csv, index=False)
+        if self.plot is not None:
+            found.plot().savefig(self.plot, dpi=120)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; bad input ends with its message and exit status 2."""
     parser = ArgumentParser(prog="itda-lens", description="Dictionaries of real activations for SAELens.")
     commands = parser.add_subparsers(dest="command", required=True)
-    kinds: dict[str, type] = {"quickstart": Quickstart, "build": Build, "eval": Eval, "explain": Explain, "diff": Diff}
-    for name, kind in kinds.items():
+    kinds: list[type] = [Quickstart, Build, Eval, Explain, Compare, Diff]
+    for kind in kinds:
         summary = (kind.__doc__ or "").split(".")[0]
         dashes: dict[str, Any] = {"add_option_string_dash_variants": DashVariant.DASH}
-        commands.add_parser(name, help=summary, **dashes).add_arguments(kind, dest="run")
+        commands.add_parser(kind.__name__.lower(), help=summary, **dashes).add_arguments(kind, dest="run")
     command: Command = parser.parse_args(arguments).run
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="Dataset is not tokenized")
@@ -301,6 +340,13 @@ def _itda(folder: Path) -> ITDA:
     if not isinstance(itda, ITDA):
         raise ValueError(f"{folder} holds a {itda.cfg.architecture()!r} SAE, whose latents come from no prompt")
     return itda
+
+
+def _load_build(folder: Path) -> dict[str, ITDA]:
+    itdas = {path.parent.name: _load(path.parent) for path in sorted(folder.glob("*/cfg.json"))}
+    if not itdas or not all(isinstance(itda, ITDA) for itda in itdas.values()):
+        raise ValueError(f"{folder} holds no folders of ITDAs, as itda-lens build --out writes them")
+    return {hook: itda for hook, itda in itdas.items() if isinstance(itda, ITDA)}
 
 
 def _metrics_table(metrics: pd.DataFrame) -> Table:

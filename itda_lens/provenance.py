@@ -47,6 +47,7 @@ class Provenance:
     """For each atom the text before its token and the text of its token, special tokens left out; or nothing."""
     tokenizer_digest: str | None = None
     """Which tokenizer the token ids belong to."""
+    _sets: dict[IdentityKind, frozenset[Hashable]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.row.shape != self.position.shape or self.row.ndim != 1:
@@ -120,6 +121,12 @@ class Provenance:
         if kind == "text":
             return [_digest(before.encode() + token.encode()) for before, token in self.prompts]
         return [_digest(np.asarray(self.tokens(i), dtype="<i8").tobytes()) for i in range(len(self))]
+
+    def identity_set(self, kind: IdentityKind = "text") -> frozenset[Hashable]:
+        """The different identities, kept after the first call; raises a ValueError as `identities` does."""
+        if kind not in self._sets:
+            self._sets[kind] = frozenset(self.identities(kind))
+        return self._sets[kind]
 
     def select(self, atoms: Sequence[int] | Int64[Tensor, " m"]) -> "Provenance":
         """The provenance of some of the atoms, in the order given."""

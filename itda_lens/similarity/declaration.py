@@ -1,0 +1,76 @@
+"""What a measure of two representations promises, as data: its tests are generated from this."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from itda_lens.similarity.moments import PairMoments
+
+Transform = Literal["orthogonal", "isotropic scaling", "invertible linear", "shift", "token permutation"]
+Side = Literal["both", "first", "neither"]
+
+
+class Declaration(NamedTuple):
+    """A measure of `x [t, d]` and `y [t, e]`, whose rows are the same tokens; larger always means more alike."""
+
+    compare: Callable[..., float]
+    range: tuple[float, float]
+    """The least and the largest value; the largest is that of a representation with itself."""
+    symmetric: bool
+    """Whether the arguments may be swapped. If not, the measure has a direction: from `x` to `y`."""
+    invariant: Mapping[Transform, Side]
+    """Which transforms leave it as it is, and of which argument. The same permutation is applied to both."""
+    of_moments: Callable[[PairMoments], float] | None
+    """The same from second moments, for streams; None where the tokens themselves are needed."""
+    in_steps: "Steps | None"
+    """The same in steps, where much of the work is on each argument by itself."""
+
+
+class Steps(NamedTuple):
+    """A measure as `compare(prepare(x), permute(prepare(y), order))`, the same as of `x` and `y[order]`."""
+
+    prepare: Callable[[Tensor], Any]
+    permute: Callable[[Any, Tensor], Any]
+    compare: Callable[[Any, Any], float]
+
+
+MEASURES: dict[str, Declaration] = {}
+"""Every measure by its name."""
+
+Measure = TypeVar("Measure", bound=Callable[..., float])
+
+
+def declare(
+    range: tuple[float, float],
+    *,
+    symmetric: bool,
+    invariant: Mapping[Transform, Side],
+    of_moments: Callable[[PairMoments], float] | None = None,
+    in_steps: Steps | None = None,
+) -> Callable[[Measure], Measure]:
+    """Enter a measure in `MEASURES`, under the name of its function."""
+
+    def enter(compare: Measure) -> Measure:
+        MEASURES[compare.__name__] = Declaration(compare, range, symmetric, invariant, of_moments, in_steps)
+        return compare
+
+    return enter
+
+
+def check_pair(x: Float[Tensor, "t d"], y: Float[Tensor, "u e"], *, tokens: int = 2, why: str = "") -> None:
+    """Raise a ValueError unless both hold the same tokens, enough of them, are finite, and neither is constant."""
+    if len(x) != len(y):
+        raise ValueError(f"x has {len(x)} tokens and y has {len(y)}: give activations of the same tokens")
+    if len(x) < tokens:
+        raise ValueError(f"there are {len(x)} tokens, and {tokens} are needed{why}: give more tokens")
+    for name, side in (("x", x.double()), ("y", y.double())):
+        if not bool(side.isfinite().all()):
+            raise ValueError(f"{name} holds NaN or infinite values: leave those tokens out")
+        variance = float((side - side.mean(dim=0)).square().mean())
+        if variance <= 1e-12 * float(side.square().mean()):
+            raise ValueError(
+                f"{name} is the same for every token (variance {variance:.3g}), so there is nothing to compare: "
+                "choose another hook point"
+            )
