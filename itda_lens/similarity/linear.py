@@ -95,7 +95,7 @@ def procrustes(x: Float[Tensor, "t d"], y: Float[Tensor, "u e"]) -> float:
 @declare(
     (0.0, 1.0),
     symmetric=False,
-    invariant=UP_TO_ROTATION | {"invertible linear": "first"},
+    invariant={**UP_TO_ROTATION, "invertible linear": "first"},
     of_moments=_r2,
 )
 def linear_regression_r2(x: Float[Tensor, "t d"], y: Float[Tensor, "u e"], *, paper_variant: bool = False) -> float:

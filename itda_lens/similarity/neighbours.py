@@ -33,7 +33,7 @@ def _permuted(neighbours: Int64[Tensor, "t k"], order: Int64[Tensor, " t"]) -> I
 @declare(
     (0.0, 1.0),
     symmetric=True,
-    invariant=UP_TO_ROTATION | {"shift": "neither"},
+    invariant={**UP_TO_ROTATION, "shift": "neither"},
     in_steps=Steps(lambda x: _neighbours(x, _K), _permuted, _shared),
 )
 def mutual_knn(x: Float[Tensor, "t d"], y: Float[Tensor, "u e"], *, k: int = _K) -> float:
@@ -60,7 +60,7 @@ def mutual_knn(x: Float[Tensor, "t d"], y: Float[Tensor, "u e"], *, k: int = _K)
 @declare(
     (-1.0, 1.0),
     symmetric=True,
-    invariant=UP_TO_ROTATION | {"token permutation": "neither"},
+    invariant={**UP_TO_ROTATION, "token permutation": "neither"},
 )
 def relative(
     x: Float[Tensor, "t d"],
