@@ -19,12 +19,13 @@ test: lint types
 test-tools: $(TOOLS)/installed
 	$(TEST_ENV) $(TOOLS)/bin/python -m pytest tests/test_saebench.py tests/test_dashboard.py
 
-# Speed and memory, as ratios of things timed in turn: about ten minutes. Figures and plots go to benchmarks/results.
+# Speed and memory, as ratios of things timed in turn: about a quarter of an hour. Figures and plots go to benchmarks/results.
 bench: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python benchmarks/pursuit.py --write
 	$(BIN)/python benchmarks/building.py --write
 	$(BIN)/python benchmarks/saelens.py --write
+	$(BIN)/python benchmarks/layer_matching.py --write layer_matching_embedded
 
 compatibility: $(VENV)/installed $(TOOLS)/installed
 	$(TEST_ENV) $(BIN)/python -m pytest tests --compatibility docs/compatibility.md

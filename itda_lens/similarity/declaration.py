@@ -36,6 +36,15 @@ class Steps(NamedTuple):
     compare: Callable[[Any, Any], float]
 
 
+UP_TO_ROTATION: dict[Transform, Side] = {
+    "orthogonal": "both",
+    "isotropic scaling": "both",
+    "invertible linear": "neither",
+    "shift": "both",
+    "token permutation": "both",
+}
+"""What most measures here leave out of account."""
+
 MEASURES: dict[str, Declaration] = {}
 """Every measure by its name."""
 

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from itda_lens.similarity.declaration import check_pair, declare
+from itda_lens.similarity.declaration import UP_TO_ROTATION, check_pair, declare
 from itda_lens.similarity.moments import Moments, PairMoments
 
 _RANK = 1e-10
@@ -35,12 +35,9 @@ def _r2(m: PairMoments) -> float:
 @declare(
     (0.0, 1.0),
     symmetric=True,
-    invariant={
-        "orthogonal": "both", "isotropic scaling": "both", "invertible linear": "neither", "shift": "both",
-        "token permutation": "both",
-    },
+    invariant=UP_TO_ROTATION,
     of_moments=_cka,
-)  # fmt: skip
+)
 def linear_cka(
     x: Float[Tensor, "t d"], y: Float[Tensor, "u e"], *, debiased: bool = False, paper_variant: bool = False
 ) -> float:
@@ -75,12 +72,9 @@ def linear_cka(
 @declare(
     (0.0, 1.0),
     symmetric=True,
-    invariant={
-        "orthogonal": "both", "isotropic scaling": "both", "invertible linear": "neither", "shift": "both",
-        "token permutation": "both",
-    },
+    invariant=UP_TO_ROTATION,
     of_moments=_procrustes,
-)  # fmt: skip
+)
 def procrustes(x: Float[Tensor, "t d"], y: Float[Tensor, "u e"]) -> float:
     """The cosine that the best rotation gives (Williams et al. 2021, arXiv 2110.14739): 0 to 1.
 
@@ -101,12 +95,9 @@ def procrustes(x: Float[Tensor, "t d"], y: Float[Tensor, "u e"]) -> float:
 @declare(
     (0.0, 1.0),
     symmetric=False,
-    invariant={
-        "orthogonal": "both", "isotropic scaling": "both", "invertible linear": "first", "shift": "both",
-        "token permutation": "both",
-    },
+    invariant={**UP_TO_ROTATION, "invertible linear": "first"},
     of_moments=_r2,
-)  # fmt: skip
+)
 def linear_regression_r2(x: Float[Tensor, "t d"], y: Float[Tensor, "u e"], *, paper_variant: bool = False) -> float:
     """The share of the variance of `y` that a linear map of `x`, with an intercept, predicts: 0 to 1.
 

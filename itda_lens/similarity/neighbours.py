@@ -5,7 +5,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from itda_lens.similarity.declaration import Steps, check_pair, declare
+from itda_lens.similarity.declaration import UP_TO_ROTATION, Steps, check_pair, declare
 
 _BLOCK = 1024
 _K = 10
@@ -33,12 +33,9 @@ def _permuted(neighbours: Int64[Tensor, "t k"], order: Int64[Tensor, " t"]) -> I
 @declare(
     (0.0, 1.0),
     symmetric=True,
-    invariant={
-        "orthogonal": "both", "isotropic scaling": "both", "invertible linear": "neither", "shift": "neither",
-        "token permutation": "both",
-    },
+    invariant={**UP_TO_ROTATION, "shift": "neither"},
     in_steps=Steps(lambda x: _neighbours(x, _K), _permuted, _shared),
-)  # fmt: skip
+)
 def mutual_knn(x: Float[Tensor, "t d"], y: Float[Tensor, "u e"], *, k: int = _K) -> float:
     """The share of a token's `k` nearest other tokens, by cosine, that are the same in both: 0 to 1.
 
@@ -63,11 +60,8 @@ def mutual_knn(x: Float[Tensor, "t d"], y: Float[Tensor, "u e"], *, k: int = _K)
 @declare(
     (-1.0, 1.0),
     symmetric=True,
-    invariant={
-        "orthogonal": "both", "isotropic scaling": "both", "invertible linear": "neither", "shift": "both",
-        "token permutation": "neither",
-    },
-)  # fmt: skip
+    invariant={**UP_TO_ROTATION, "token permutation": "neither"},
+)
 def relative(
     x: Float[Tensor, "t d"],
     y: Float[Tensor, "u e"],

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from itda_lens.similarity.declaration import check_pair, declare
+from itda_lens.similarity.declaration import UP_TO_ROTATION, check_pair, declare
 from itda_lens.similarity.linear import check_tokens, whitening
 from itda_lens.similarity.moments import Moments, PairMoments
 
@@ -22,12 +22,9 @@ def svcca_of_moments(m: PairMoments, variance: float = VARIANCE, directions: int
 @declare(
     (0.0, 1.0),
     symmetric=True,
-    invariant={
-        "orthogonal": "both", "isotropic scaling": "both", "invertible linear": "neither", "shift": "both",
-        "token permutation": "both",
-    },
+    invariant=UP_TO_ROTATION,
     of_moments=svcca_of_moments,
-)  # fmt: skip
+)
 def svcca(
     x: Float[Tensor, "t d"],
     y: Float[Tensor, "u e"],
