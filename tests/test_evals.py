@@ -146,3 +146,11 @@ def test_bad_prompts_are_named(model, built, prompt, positions, message):
         interpret.explain(built, model, prompt, positions)
     with pytest.raises(ValueError, match="have no prompts"):
         interpret.explain(evals.random_directions(built), model, "Return")
+
+
+@pytest.mark.parametrize("settings", [{"orthogonal": True}, {"orthogonal": False}, {"nonnegative": True}], ids=str)
+def test_a_baseline_encodes_as_the_dictionary_it_stands_beside(built, settings):
+    itda = built.with_pursuit(**settings)
+    baseline = evals.random_directions(itda)
+    assert baseline.cfg.orthogonal == itda.cfg.orthogonal
+    assert baseline.cfg.nonnegative == itda.cfg.nonnegative
