@@ -71,5 +71,5 @@ def random_activations(
 def _like(itda: ITDA, rows: torch.Tensor) -> ITDA:
     atoms = torch.nn.functional.normalize(rows.detach().float(), dim=-1).to(itda.device)
     metadata = SAEMetadata(**itda.cfg.metadata.to_dict())
-    pursuit = {"orthogonal": itda.cfg.orthogonal, "nonnegative": itda.cfg.nonnegative}
-    return ITDA.from_atoms(atoms, itda.cfg.k, bias=itda.b_dec, metadata=metadata, **pursuit)
+    like = ITDA.from_atoms(atoms, itda.cfg.k, bias=itda.b_dec, metadata=metadata)
+    return like.with_pursuit(orthogonal=itda.cfg.orthogonal, nonnegative=itda.cfg.nonnegative)
