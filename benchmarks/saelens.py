@@ -3,8 +3,9 @@
     python benchmarks/saelens.py [--write]
 
 The model has the shape of GPT-2 small, and random weights. Times are taken in turn in one process, `--repeats` times;
-the table shows medians, and medians of the ratio within a turn. Peak memory (on Linux) is that of a process for each
-SAE, above what it holds after a first, very small call; the median of as many processes.
+the table shows medians, and medians of the ratio to the `TopKSAE` within a turn, with the least and the most. Peak
+memory (on Linux) is that of a process for each SAE, above what it holds after a first, very small call; the median of
+as many processes.
 """
 
 import argparse
@@ -22,7 +23,8 @@ from itda_lens import ITDA
 
 HOOK = "blocks.6.hook_resid_pre"
 D = 768
-KINDS = ("ITDA", "TopKSAE")
+OTHER = "TopKSAE"
+KINDS = ("ITDA", "ITDA, orthogonal", OTHER)
 
 
 def gpt2_small(seed: int = 0) -> HookedSAETransformer:
@@ -35,8 +37,8 @@ def gpt2_small(seed: int = 0) -> HookedSAETransformer:
 def sae_of(kind: str, n: int, k: int, seed: int = 0) -> SAE:
     generator = torch.Generator().manual_seed(seed)
     rows = torch.nn.functional.normalize(torch.randn(n, D, generator=generator), dim=-1)
-    if kind == "ITDA":
-        return ITDA.from_atoms(rows, k, metadata={"hook_name": HOOK})
+    if kind != OTHER:
+        return ITDA.from_atoms(rows, k, orthogonal=kind != "ITDA", metadata={"hook_name": HOOK})
     sae = TopKSAE(TopKSAEConfig(d_in=D, d_sae=n, k=k))
     sae.W_dec.data, sae.W_enc.data = rows, rows.T.contiguous()
     sae.cfg.metadata.hook_name = HOOK
@@ -54,18 +56,23 @@ def jobs(sae: SAE, model: HookedSAETransformer, rows: int, context: int) -> dict
 
 
 @torch.no_grad()
-def speed(n: int, k: int, rows: int, context: int, repeats: int) -> dict[str, dict[str, float]]:
+def speed(n: int, k: int, rows: int, context: int, repeats: int) -> dict[str, dict[str, dict[str, float]]]:
+    """By what is timed and by kind: the median in seconds, and the ratio to the other SAE."""
     model = gpt2_small()
     by_sae = {kind: jobs(sae_of(kind, n, k), model, rows, context) for kind in KINDS}
     cold = {kind: seconds(jobs["encode and decode"]) for kind, jobs in by_sae.items()}
-    figures = {"encode and decode, first call": cold | {"ratio": cold["ITDA"] / cold["TopKSAE"]}}
-    for name in by_sae["ITDA"]:
-        turns = in_turn({kind: jobs[name] for kind, jobs in by_sae.items()}, repeats)
-        medians = {kind: statistics.median(turn[kind] for turn in turns) for kind in KINDS}
-        ratio = spread([turn["ITDA"] / turn["TopKSAE"] for turn in turns])
-        figures[name] = medians | {"ratio": ratio["median"], "least": ratio["least"], "most": ratio["most"]}
-    figures["the model alone"] = {"ITDA": seconds(lambda: model(torch.zeros(rows, context, dtype=torch.int64)))}
+    figures = {"encode and decode, first call": compared([cold])}
+    for name in by_sae[OTHER]:
+        figures[name] = compared(in_turn({kind: jobs[name] for kind, jobs in by_sae.items()}, repeats))
     return figures
+
+
+def compared(turns: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    return {
+        kind: {"seconds": statistics.median(turn[kind] for turn in turns)}
+        | {f"ratio_{name}": value for name, value in spread([turn[kind] / turn[OTHER] for turn in turns]).items()}
+        for kind in KINDS
+    }
 
 
 def prepare_peak(
@@ -74,6 +81,13 @@ def prepare_peak(
     small, sae = sae_of(kind, k, k), sae_of(kind, n, k)
     x = torch.randn(rows, context, D, generator=torch.Generator().manual_seed(1))
     return lambda: small(torch.zeros(1, D)), lambda: [sae.decode(sae.encode(x)) for _ in range(3)]
+
+
+def cell(figures: dict[str, float]) -> str:
+    ratio, least, most = (figures[f"ratio_{name}"] for name in ("median", "least", "most"))
+    if least == most:
+        return f"{figures['seconds']:.3f} s, {ratio:.2f}"
+    return f"{figures['seconds']:.3f} s, {ratio:.2f} ({least:.2f} to {most:.2f})"
 
 
 def main() -> None:
@@ -92,14 +106,11 @@ def main() -> None:
     }
     gram = 4 * args.atoms**2 / 2**20
     title = f"d={D}, {args.atoms} atoms, k={args.k}, {args.rows} x {args.context} tokens"
-    table = Table("", *KINDS, "ratio", title=title)
+    table = Table("", *KINDS, title=title)
     for name, row in times.items():
-        range_of = f" ({row['least']:.2f} to {row['most']:.2f})" if "least" in row else ""
-        cells = [f"{row[kind]:.3f} s" if kind in row else "" for kind in KINDS]
-        table.add_row(name, *cells, f"{row['ratio']:.2f}{range_of}" if "ratio" in row else "")
-    cells = [f"{peaks[kind]:.0f} MiB" for kind in KINDS]
-    table.add_row("peak memory above the weights", *cells, f"Gram matrix: {gram:.0f} MiB")
-    Console(width=120).print(table)
+        table.add_row(name, *(cell(row[kind]) for kind in KINDS))
+    table.add_row("peak memory above the weights", *(f"{peaks[kind]:.0f} MiB" for kind in KINDS))
+    Console(width=120).print(table, f"of which the Gram matrix of an ITDA: {gram:.0f} MiB")
     if args.write:
         write("saelens", vars(args), times=times, peak_mib=peaks, gram_mib=gram)
 
