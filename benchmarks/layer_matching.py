@@ -7,6 +7,7 @@ the cells and heatmaps to benchmarks/results.
 """
 
 import argparse
+import json
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -64,7 +65,7 @@ def main() -> None:
     console.print(f"{found.tokens:,} tokens, {seconds:.0f} s ({processor:.0f} s of processor time); {machine()}")
     if args.write:
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "models"}
-        table = found.table().reset_index().to_dict("records")
+        table = json.loads(found.table().reset_index().to_json(orient="records"))
         write(args.write, settings, models=list(models), table=table, sizes=found.sizes, tokens=found.tokens,
               seconds=seconds, processor_seconds=processor)  # fmt: skip
         plot(found, args.write)
