@@ -5,12 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 from sae_lens import SAE, TopKSAE, TopKSAEConfig
+from sae_lens.synthetic import SyntheticModel
+from torch.nn.functional import normalize
+from torch.testing import assert_close
 
 from benchmarks.quality.opponents import scores as scores_of
 from benchmarks.quality.saes import Settings, train
 from benchmarks.quality.scores import score
+from benchmarks.quality.stability import Made, agreement, rows_of
+from benchmarks.quality.stability import build as build_rows
 from benchmarks.quality.subjects import Subject
-from itda_lens import embedded
+from benchmarks.quality.synthetic import INDEPENDENT, found
+from itda_lens import ITDA, embedded, evals
 from itda_lens.streams import token_batches
 from tests.conftest import HOOK
 
@@ -103,7 +109,7 @@ SMALL = Settings(n=64, k=4, draws=20_000, batch=128, lr=3e-3, dead_window=50)
 def test_sae_lens_trains_opponents_that_reload_as_they_were_judged(subject, tmp_path, architecture):
     settings = replace(SMALL, architecture=architecture, l1=1.0 if architecture == "standard" else 0.0)
     x, validation = (subject.activations(HOOK, rows) for rows in (subject.train, subject.validation))
-    record = train(subject, HOOK, x, validation, settings, tmp_path / settings.name)
+    record = train(subject.name, HOOK, x, validation, settings, tmp_path / settings.name)
     curve = [point["explained_variance"] for point in record["curve"]]
     assert curve[-1] > max(curve[0], 0.3)
     assert record["validation_explained_variance"] == pytest.approx(curve[-1], abs=0.05)
@@ -120,3 +126,44 @@ def test_the_decoder_under_pursuit_keeps_directions_and_bias(subject, sae):
     assert plain["l0"] <= 4
     # An encoder tied to the decoder chooses all its atoms at once; pursuit looks again after each.
     assert plain["explained_variance"] > found["sae"]["explained_variance"]
+
+
+@torch.no_grad()
+def test_agreement_looks_through_order_and_sign(subject, built):
+    x = subject.activations(HOOK, subject.heldout)[:500]
+    order = torch.randperm(built.cfg.d_sae, generator=torch.Generator().manual_seed(0))
+    same = ITDA.from_atoms(-built.atoms[order], built.cfg.k, bias=built.b_dec, orthogonal=built.cfg.orthogonal)
+    other = evals.random_directions(built, seed=1)
+    places = torch.arange(2 * built.cfg.d_sae).view(-1, 2)
+    one = Made(built, places)
+    assert agreement(one, Made(same, places[order]), x) == pytest.approx((1, 1, 1, 1), abs=1e-5)
+    unlike = agreement(one, Made(other, places + 1), x)
+    assert unlike.common == unlike.near == 0
+    assert unlike.mcc < 0.6
+    assert unlike.codes < 0.2
+
+
+def test_a_dictionary_is_the_same_however_its_rows_are_cut(subject):
+    rows = torch.arange(60)
+    whole, cut = (build_rows(subject, HOOK, rows, n_atoms=128, batch=batch) for batch in (60, 7))
+    assert torch.equal(whole.places, cut.places)
+    x, mask = rows_of(subject, HOOK, rows)
+    row, position = whole.places.T
+    assert mask[row, position].all()
+    assert_close(whole.sae.atoms, normalize(x[row, position] - whole.sae.b_dec, dim=-1))
+
+
+def test_synthetic_features_are_found_by_themselves_alone():
+    world = SyntheticModel(replace(INDEPENDENT, num_features=64, hidden_dim=64, seed=0, bias=False))
+    features = world.feature_dict.feature_vectors.detach()
+    k = 12
+    truth, other = (
+        found(ITDA.from_atoms(atoms, k, orthogonal=True, nonnegative=True), world)
+        for atoms in (features, normalize(torch.randn(64, 64, generator=torch.Generator().manual_seed(7)), dim=-1))
+    )
+    assert truth["mcc"] == pytest.approx(1, abs=1e-5)
+    assert truth["uniqueness"] == 1
+    assert truth["f1"] > other["f1"] + 0.2
+    assert truth["explained_variance"] > other["explained_variance"]
+    assert other["mcc"] < 0.5
+    assert truth["true_l0"] == other["true_l0"]

@@ -152,13 +152,10 @@ def _activations(held: Subject, hook: str, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="only those with this text in model/hook/name")
-    args = parser.parse_args()
+def run(only: str = "") -> None:
     for job in jobs():
         path = folder(job.cell) / f"{job.name}.json"
-        if args.only not in str(path) or path.exists():
+        if only not in str(path) or path.exists():
             continue
         record = measure(job)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,4 +164,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="only those with this text in model/hook/name")
+    run(parser.parse_args().only)

@@ -10,15 +10,12 @@ the hook has the cost of the forward passes. Learning rates are chosen on the en
 import argparse
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("TQDM_DISABLE", "1")
 
 import numpy as np
 from sae_lens import SAE
@@ -114,7 +111,7 @@ def measure(cell: Cell, settings: Settings) -> None:
     if not (folder(cell) / "forward.json").exists():
         _write(folder(cell) / "forward.json", forward_cost(subject(name), hook))
     if not (target / "training.json").exists():
-        train(subject(name), hook, *_activations(cell), settings, target)
+        train(name, hook, *_activations(cell), settings, target)
     if not (target / "scores.json").exists():
         _write(target / "scores.json", scores(subject(name), hook, SAE.load_from_disk(target), settings.k))
 
@@ -135,14 +132,11 @@ def _write(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="only those with this text in model/hook/settings")
-    args = parser.parse_args()
+def run(only: str = "") -> None:
     whole = folder(FIRST) / "end_to_end.json"
     for cell, settings in jobs():
         name = "/".join((*cell, settings.name))
-        if args.only in name:
+        if only in name:
             started = time.perf_counter()
             measure(cell, settings)
             print(f"{time.strftime('%H:%M:%S')}  {time.perf_counter() - started:6.1f} s  {name}", flush=True)
@@ -151,4 +145,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="only those with this text in model/hook/settings")
+    run(parser.parse_args().only)

@@ -26,7 +26,7 @@ from sae_lens.saes.sae import TrainingSAEConfig
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
-from benchmarks.quality.subjects import CONTEXT, Subject
+from benchmarks.quality.subjects import CONTEXT
 
 POINTS = 10
 
@@ -97,9 +97,7 @@ def epochs(x: Tensor, batch: int, seed: int) -> Iterator[Tensor]:
                 yield x[indices]
 
 
-def train(
-    subject: Subject, hook: str, x: Tensor, validation: Tensor, settings: Settings, folder: Path
-) -> dict[str, Any]:
+def train(name: str, hook: str, x: Tensor, validation: Tensor, settings: Settings, folder: Path) -> dict[str, Any]:
     """Train an SAE on `x [tokens, d]`; write it to `folder` as SAELens does, with `training.json` beside it.
 
     Returns what `training.json` holds.
@@ -147,14 +145,14 @@ def train(
     wall, cpu = (now - then for now, then in zip((time.perf_counter(), time.process_time()), started, strict=True))
     wall, cpu = wall - overhead[0], cpu - overhead[1]
     observe()
-    sae.cfg.metadata.model_name = subject.name
+    sae.cfg.metadata.model_name = name
     sae.cfg.metadata.hook_name = hook
     sae.cfg.metadata.context_size, sae.cfg.metadata.prepend_bos = CONTEXT, True
     sae.save_inference_model(folder)
     with torch.no_grad():
         final = explained_variance(validation, SAE.load_from_disk(folder)(validation))
     record = {
-        "subject": subject.name,
+        "subject": name,
         "hook": hook,
         "settings": asdict(settings),
         "draws": trainer.n_training_samples,

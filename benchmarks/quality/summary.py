@@ -1,19 +1,23 @@
-"""The table of the quality benchmark, from what `opponents` and `dictionaries` have left in the cache.
+"""The tables and plots of the quality benchmark, from what its parts have left in the cache.
 
 python -m benchmarks.quality.summary [--write]
 """
 
 import argparse
 import json
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import write
+from benchmarks.measure import RESULTS, write
+from benchmarks.quality import stability, synthetic
 from benchmarks.quality.dictionaries import PURSUITS
 from benchmarks.quality.opponents import CELLS
+from benchmarks.quality.plots import plot
 from benchmarks.quality.saes import Settings
 from benchmarks.quality.subjects import CACHE
 
@@ -52,7 +56,8 @@ def on_the_grid(rows: pd.DataFrame) -> pd.DataFrame:
     grid = grid[grid.index.isin(cells)].reset_index()
     key = ["method", "pursuit", "model", "hook"]
     trained = grid.lr.notna()
-    best = grid[trained].sort_values("validation").groupby(key).tail(1)
+    rates = grid[trained].groupby([*key, "lr"])[[*METRICS, "seconds", "tokens", "validation"]].mean().reset_index()
+    best = rates.sort_values("validation").groupby(key).tail(1)
     return pd.concat([grid[~trained], best]).groupby(key)[[*METRICS, "seconds", "tokens"]].mean()
 
 
@@ -62,10 +67,32 @@ def paired(grid: pd.DataFrame, one: tuple[str, str], other: tuple[str, str]) -> 
     return {"mean": difference.mean(), "standard_error": difference.sem(), "cells": len(difference)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="write the figures to benchmarks/results")
-    args = parser.parse_args()
+def listed(files: Iterable[Path]) -> pd.DataFrame:
+    """The rows of files that hold a list of them each."""
+    return pd.DataFrame([row for file in sorted(files) for row in json.loads(file.read_text())])
+
+
+def of_synthetic(rows: pd.DataFrame) -> Table:
+    table = Table("synthetic", "dictionary", "pursuit", "explained", "MCC", "F1", "precision", "recall")
+    for (world, method, pursuit), group in rows.groupby(["world", "method", "pursuit"], sort=False):
+        columns = ("explained_variance", "mcc", "f1", "precision", "recall")
+        table.add_row(world, method, pursuit, *(with_spread(group[column]) for column in columns))
+    return table
+
+
+def of_stability(rows: pd.DataFrame) -> Table:
+    table = Table("what differs", "pairs", "atoms in common", "MCC", "cosine > .9", "codes that agree", "CE score")
+    for differs, group in rows.groupby("differs", sort=False):
+        columns = ("common", "mcc", "near", "codes", "ce_score")
+        table.add_row(differs, str(len(group)), *(with_spread(group[column]) for column in columns))
+    return table
+
+
+def with_spread(values: pd.Series) -> str:
+    return "" if values.isna().all() else f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})"
+
+
+def run(to_file: bool = False) -> None:
     rows = collected()
     grid = on_the_grid(rows)
     table = Table("dictionary", "pursuit", "cells", "CE score", "KL", "explained", "dead", "negative", "seconds")
@@ -74,7 +101,8 @@ def main() -> None:
         figures = (f"{mean[m]:.4f}" for m in ("ce_score", "kl", "explained_variance"))
         shares = (f"{mean[m]:.1%}" for m in ("dead", "negative"))
         table.add_row(method, pursuit, str(len(group)), *figures, *shares, f"{mean.seconds:.1f}")
-    Console(width=120).print(table)
+    console = Console(width=140)
+    console.print(table)
     ours, learned, random = ((name, "orthogonal") for name in ("ours", "topk decoder", "random_activations"))
     against = {
         "TopK SAE": paired(grid, ours, ("topk", "sae")),
@@ -86,11 +114,17 @@ def main() -> None:
     means = {name: grid.loc[key].ce_score.mean() for name, key in (("o", ours), ("l", learned), ("r", random))}
     share = (means["o"] - means["r"]) / (means["l"] - means["r"])
     print(f"share of the way from random activations to learned directions: {share:.2f}")
-    if args.write:
-        write(
-            "quality", {}, differences=against, share_of_learned=share, rows=json.loads(rows.to_json(orient="records"))
-        )
+    on_synthetic = listed(synthetic.FOLDER.glob("*/*/found.json"))
+    between_pairs = listed(stability.FOLDER.glob("*/*.json"))
+    console.print(of_synthetic(on_synthetic), of_stability(between_pairs))
+    if to_file:
+        records = {"rows": rows, "synthetic": on_synthetic, "stability": between_pairs}
+        as_lists = {name: json.loads(each.to_json(orient="records")) for name, each in records.items()}
+        write("quality", {}, differences=against, share_of_learned=share, **as_lists)
+        plot(rows, RESULTS / "quality.png")
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="write the figures and plots to benchmarks/results")
+    run(parser.parse_args().write)
