@@ -1,15 +1,19 @@
 """Whole models by their dictionaries, and checkpoints of a training run against the last one.
 
-    python benchmarks/model_level.py --dataset FILE [--models FOLDER ...] [--checkpoints FOLDER ...] [--write NAME]
+    python benchmarks/model_level.py --dataset FILE [--models FOLDER ...] [--checkpoints FOLDER ...]
+                                     [--other-seeds FOLDER ...] [--write NAME]
 
 Dictionaries are of one size at every layer, and atoms compare by text, one document a row, so that models may have
-different tokenizers. `--write` writes both tables and a plot of the checkpoints to benchmarks/results.
+different tokenizers. Beside the checkpoints stand other runs of the same training: what they share with the last
+checkpoint, checkpoints share without having come nearer to it. `--write` writes the tables and a plot to
+benchmarks/results.
 """
 
 import argparse
 import re
 from pathlib import Path
 
+import pandas as pd
 from measure import RESULTS, write
 from rich.console import Console
 
@@ -35,6 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=Path, nargs="*", default=[])
     parser.add_argument("--checkpoints", type=Path, nargs="*", default=[], help="...-stepN, and the end of training")
+    parser.add_argument("--other-seeds", type=Path, nargs="*", default=[], help="models at the end of training")
     parser.add_argument("--dataset", type=Path, required=True)
     parser.add_argument("--n-atoms", type=int, default=1000)
     parser.add_argument("--tokens", type=int, default=25_000)
@@ -50,13 +55,22 @@ def main() -> None:
     if args.checkpoints:
         ordered = sorted(args.checkpoints, key=step)
         steps = {int(min(step(f), args.last_step)): dictionaries(f, args.dataset, config) for f in ordered}
+        others = {f.name: dictionaries(f, args.dataset, config) for f in args.other_seeds}
+        last = max(steps)
         table = convergence(steps)
-        console.print(table.round(3).to_string())
-        figures["convergence"] = table.to_dict()
+        controls = convergence({**others, last: steps[last]}).drop(index=last) if others else table.iloc[:0]
+        shown = pd.concat([table, controls])
+        console.print(shown.rename(columns=lambda hook: hook.split(".")[1]).round(3).to_string())
+        figures["convergence"] = shown.to_dict()
+        figure = plot_convergence(table)
+        if others:
+            label = "other seeds, mean of layers"
+            figure.axes[0].axhline(controls.to_numpy().mean(), linestyle="--", color="grey", label=label)
+            figure.axes[0].legend(fontsize=7)
     if args.write:
         write(args.write, {k: str(v) for k, v in vars(args).items() if k in ("n_atoms", "tokens")}, **figures)
         if args.checkpoints:
-            plot_convergence(table).savefig(RESULTS / f"{args.write}.png", dpi=110)
+            figure.savefig(RESULTS / f"{args.write}.png", dpi=110)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Effects and p-values mean what they say."""
 
+import itertools
+
 import numpy as np
 import pytest
 import scipy.stats
 import torch
 
 from itda_lens import Provenance
-from itda_lens.similarity import MEASURES, calibrate, calibrate_jaccard, linear_cka, mutual_knn
+from itda_lens.similarity import MEASURES, MembershipProfiles, calibrate, calibrate_jaccard, linear_cka, mutual_knn
 from itda_lens.similarity.calibration import calibrate_all
 
 
@@ -101,3 +103,22 @@ def test_neighbours_of_permuted_tokens_are_those_of_the_permuted_matrix():
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(1))
     prepare, permute, compare = MEASURES["mutual_knn"].in_steps
     assert compare(prepare(x), permute(prepare(y), order)) == mutual_knn(x, y[order])
+
+
+def test_neighbouring_tokens_do_not_make_chance_look_significant():
+    """Layers that have nothing to do with each other, whose grades change slowly along the stream."""
+    generator = torch.Generator().manual_seed(0)
+    layers = torch.randn(4, 3000, 6, generator=generator)
+    for t in range(1, 3000):
+        layers[:, t] = 0.97 * layers[:, t - 1] + 0.24 * layers[:, t]
+    profiles = MembershipProfiles(4, dictionaries=2, atoms=10, k=2, beginning=200)
+    profiles.update(list(layers))
+    extreme = {
+        block: sum(
+            not 0.05 < profiles.calibrate([a], [b], permutations=99, block=block).p.item() < 0.95
+            for a, b in itertools.combinations(range(4), 2)
+        )
+        for block in (1, 128)
+    }
+    assert extreme[1] >= 4
+    assert extreme[128] <= 2

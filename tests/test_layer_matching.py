@@ -186,7 +186,7 @@ def test_similarity_of_grades_is_their_correlation_less_the_mean_over_layers(act
     sides = [side - side.mean(axis=0) for side in sides]
     expected = np.corrcoef(*sides)[:3, 3:]
     assert profiles.similarity(range(3), range(3, 6)).numpy() == pytest.approx(expected)
-    calibration = profiles.calibrate(range(3), range(3, 6), permutations=19)
+    calibration = profiles.calibrate(range(3), range(3, 6), permutations=19, block=1)
     assert calibration.similarity.numpy() == pytest.approx(expected)
     assert calibration.chance.abs().max() < 0.05
     assert calibration.p_adjusted.diagonal().max() == pytest.approx(0.05)

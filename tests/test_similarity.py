@@ -310,6 +310,16 @@ def test_jaccard_of_different_streams_is_refused():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert jaccard(a, streamed(["one", "two", "three"], [1, 2])) == 1 / 3
+    whole, cut = (
+        Provenance(torch.tensor([0]), torch.tensor([position]), {0: ids}, prompts, digest)
+        for position, ids, prompts, digest in (
+            (4, torch.arange(5), (("café", "s"),), "characters"),
+            (3, torch.arange(4), (("caf", "\ufffd"),), "bytes"),
+        )
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert jaccard(whole, cut) == 0  # the text that ends within a character begins like the other
     others = Provenance(a.row, a.position, a.sequences, (), "words")
     mine = Provenance(a.row, a.position, a.sequences, (), "characters")
     with pytest.raises(ValueError, match="token ids of different tokenizers"):

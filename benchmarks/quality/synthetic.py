@@ -108,11 +108,10 @@ def dictionaries(model: SyntheticModel, k: int, seed: int) -> Iterator[tuple[str
 
 
 def trained(name: str, seed: int, architecture: str, k: int) -> tuple[Settings, Path]:
-    """An SAE of SAELens: its learning rate is the best of short runs on the first seed, by validation."""
-    common = Settings(architecture=architecture, n=WORLDS[name].num_features, k=k, draws=DRAWS, seed=seed)
-    short = replace(common, draws=DRAWS // 5, seed=0)
-    rates = {rate: _training(name, 0, replace(short, lr=rate))["validation_explained_variance"] for rate in RATES}
-    settings = replace(common, lr=max(rates, key=lambda rate: rates[rate]))
+    """An SAE of SAELens: its learning rate is the best for the first seed, by validation."""
+    common = Settings(architecture=architecture, n=WORLDS[name].num_features, k=k, draws=DRAWS)
+    rates = {rate: _training(name, 0, replace(common, lr=rate))["validation_explained_variance"] for rate in RATES}
+    settings = replace(common, lr=max(rates, key=lambda rate: rates[rate]), seed=seed)
     _training(name, seed, settings)
     return settings, folder(name, seed) / settings.name
 

@@ -2,6 +2,7 @@
 
 from itda_lens.similarity.calibration import Calibration, calibrate, calibrate_jaccard
 from itda_lens.similarity.declaration import MEASURES, Declaration
+from itda_lens.similarity.gathered import MatchingConfig
 from itda_lens.similarity.jaccard import jaccard
 from itda_lens.similarity.layers import (
     Matching,
@@ -22,7 +23,7 @@ from itda_lens.similarity.model_level import (
 )
 from itda_lens.similarity.moments import CrossMoments
 from itda_lens.similarity.neighbours import mutual_knn, relative
-from itda_lens.similarity.study import MatchingConfig, match_layers
+from itda_lens.similarity.study import match_layers
 from itda_lens.similarity.svcca import svcca
 
 __all__ = [

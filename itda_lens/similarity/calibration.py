@@ -1,17 +1,17 @@
 """What a similarity is worth: how far it lies above that of tokens put out of step."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
-from itda_lens.similarity.declaration import MEASURES, Declaration
+from itda_lens.similarity.declaration import MEASURES
 from itda_lens.similarity.jaccard import Dictionary, identity_sets, jaccard_index, provenance_of
 from itda_lens.similarity.layers import layer_similarity
-from itda_lens.similarity.moments import Moments, PairMoments, augmented
+from itda_lens.similarity.null import Products, Sides, check_permutations, orders
 
 
 class Calibration(NamedTuple):
@@ -84,8 +84,8 @@ def calibrate_all(
     null: dict[str, list[Tensor]] = {name: [] for name in names}
     declared = {name: MEASURES[name] for name in names}
     linear = {name: m.of_moments for name, m in declared.items() if m.of_moments is not None}
-    products = _Products(layers_a, layers_b) if linear else None
-    others = {name: _Sides(m, layers_a, layers_b) for name, m in declared.items() if m.of_moments is None}
+    products = Products(layers_a, layers_b) if linear else None
+    others = {name: Sides(m, layers_a, layers_b) for name, m in declared.items() if m.of_moments is None}
     for order in permuted:
         if products is not None:
             pairs = products.of(order)
@@ -125,7 +125,7 @@ def calibrate_jaccard(
         >>> calibrate_jaccard([atoms], [atoms], tokens=5000).effect.item()
         1.0
     """
-    _check_permutations(draws)
+    check_permutations(draws)
     sets = identity_sets([provenance_of(d) for d in (*layers_a, *layers_b)])
     sides = sets[: len(layers_a)], sets[len(layers_a) :]
     if tokens < max(map(len, sets)):
@@ -151,54 +151,3 @@ def against(observed: Float64[Tensor, "la lb"], null: Float64[Tensor, "n la lb"]
         p=((null >= observed).sum(dim=0) + 1).double() / (permutations + 1),
         p_adjusted=((highest[:, None, None] >= height).sum(dim=0) + 1).double() / (permutations + 1),
     )
-
-
-class _Products:
-    """Moments of all pairs of layers when the second model's tokens are permuted, from one product of matrices."""
-
-    def __init__(self, layers_a: Sequence[Tensor], layers_b: Sequence[Tensor]):
-        self._a, self._b = (
-            [augmented(x.double() - x.double().mean(dim=0)) for x in side] for side in (layers_a, layers_b)
-        )
-        self._own_a, self._own_b = ([Moments(x.T @ x) for x in side] for side in (self._a, self._b))
-        self._all_a, self._all_b = torch.cat(self._a, dim=1).T.contiguous(), torch.cat(self._b, dim=1)
-
-    def of(self, order: Int64[Tensor, " t"]) -> list[list[PairMoments]]:
-        product = self._all_a @ self._all_b[order]
-        rows = product.split([x.shape[1] for x in self._a], dim=0)
-        cells = [row.split([x.shape[1] for x in self._b], dim=1) for row in rows]
-        return [
-            [PairMoments(a, b, cell) for b, cell in zip(self._own_b, row, strict=True)]
-            for a, row in zip(self._own_a, cells, strict=True)
-        ]
-
-
-class _Sides:
-    """A measure that needs the tokens themselves; what it needs of a layer by itself is computed once."""
-
-    def __init__(self, measure: Declaration, layers_a: Sequence[Tensor], layers_b: Sequence[Tensor]):
-        self._a: Sequence[Any] = layers_a
-        self._b: Sequence[Any] = layers_b
-        self._compare, self._permute = measure.compare, lambda x, order: x[order]
-        if measure.in_steps is not None:
-            prepare, self._permute, self._compare = measure.in_steps
-            self._a, self._b = [prepare(x) for x in layers_a], [prepare(x) for x in layers_b]
-
-    def of(self, order: Int64[Tensor, " t"]) -> Float64[Tensor, "la lb"]:
-        return layer_similarity(self._a, [self._permute(b, order) for b in self._b], self._compare)
-
-
-def _centred(x: Float[Tensor, "t d"]) -> Float64[Tensor, "t d"]:
-    return x.double() - x.double().mean(dim=0)
-
-
-def orders(tokens: int, permutations: int, seed: int) -> list[Int64[Tensor, " t"]]:
-    """Random orders of the tokens; ValueError where none are asked for."""
-    _check_permutations(permutations)
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randperm(tokens, generator=generator) for _ in range(permutations)]
-
-
-def _check_permutations(permutations: int) -> None:
-    if permutations < 1:
-        raise ValueError(f"permutations must be at least 1, got {permutations}; 200 give p-values down to 0.005")

@@ -79,12 +79,12 @@ def provenance_of(dictionary: Dictionary) -> Provenance:
 
 def check_streams(a: Provenance, b: Provenance, any_shared: bool) -> None:
     """Compare the beginnings of rows that both have atoms of; warn where some differ, and raise where all do."""
-    if not ((a.prompts and b.prompts) or (a.sequences and b.sequences and a.tokenizer_digest == b.tokenizer_digest)):
+    by_tokens = bool(a.sequences and b.sequences) and a.tokenizer_digest == b.tokenizer_digest
+    if not by_tokens and not (a.prompts and b.prompts):
         return
-    texts = bool(a.prompts and b.prompts)
     rows = np.intersect1d(a.row.numpy(), b.row.numpy())
     rows = rows[:: max(1, len(rows) // _ROWS_COMPARED)]
-    beginnings = zip(_beginnings(a, rows, texts), _beginnings(b, rows, texts), strict=True)
+    beginnings = zip(_beginnings(a, rows, by_tokens), _beginnings(b, rows, by_tokens), strict=True)
     alike = sum(s[: min(len(s), len(t))] == t[: min(len(s), len(t))] for s, t in beginnings)
     if len(rows) and alike == 0 and not any_shared:
         raise ValueError(
@@ -99,9 +99,10 @@ def check_streams(a: Provenance, b: Provenance, any_shared: bool) -> None:
         )
 
 
-def _beginnings(provenance: Provenance, rows: np.ndarray, texts: bool) -> list[str] | list[list[int]]:
-    if not texts:
+def _beginnings(provenance: Provenance, rows: np.ndarray, by_tokens: bool) -> list[str] | list[list[int]]:
+    if by_tokens:
         return [provenance.sequences[row].tolist() for row in rows.tolist()]
     order = np.lexsort((provenance.position.numpy(), provenance.row.numpy()))
     last = order[np.searchsorted(provenance.row.numpy()[order], rows, side="right") - 1]
-    return [provenance.text(atom) for atom in last.tolist()]
+    # A text that ends within a character ends in marks that the longer text does not have there.
+    return [provenance.text(atom).rstrip("\N{REPLACEMENT CHARACTER}") for atom in last.tolist()]

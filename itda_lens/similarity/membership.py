@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from itda_lens.pursuit import matching_pursuit
-from itda_lens.similarity.calibration import Calibration, against, orders
+from itda_lens.similarity.calibration import Calibration, against
+from itda_lens.similarity.null import orders
 
 
 class MembershipProfiles:
@@ -112,11 +113,21 @@ class MembershipProfiles:
         return a @ b.T / a.shape[1]
 
     def calibrate(
-        self, layers_a: Sequence[int], layers_b: Sequence[int], *, permutations: int = 200, seed: int = 0
+        self,
+        layers_a: Sequence[int],
+        layers_b: Sequence[int],
+        *,
+        permutations: int = 200,
+        block: int = 128,
+        seed: int = 0,
     ) -> Calibration:
-        """The similarity against permutations of the tokens (see `calibrate`)."""
+        """The similarity against permutations of the stream (see `calibrate`).
+
+        The tokens are all that there are, and neighbours have like grades: permuted one by one they would vary too
+        little. So blocks of `block` tokens are permuted.
+        """
         a, b = self._special(layers_a), self._special(layers_b)
-        null = [a @ b[:, order].T / a.shape[1] for order in orders(a.shape[1], permutations, seed)]
+        null = [a @ b[:, order].T / a.shape[1] for order in orders(a.shape[1], permutations, seed, block)]
         return against(a @ b.T / a.shape[1], torch.stack(null), largest=1.0)
 
     def _special(self, layers: Sequence[int]) -> Float64[Tensor, "l t"]:

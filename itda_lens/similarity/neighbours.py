@@ -1,5 +1,7 @@
 """Measures from angles between tokens: mutual nearest neighbours and relative representations."""
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
@@ -9,6 +11,8 @@ from itda_lens.similarity.declaration import UP_TO_ROTATION, Steps, check_pair, 
 
 _BLOCK = 1024
 _K = 10
+ANCHORS = 300
+"""Of relative representations, unless others are given."""
 
 
 def _neighbours(x: Float[Tensor, "t d"], k: int) -> Int64[Tensor, "t k"]:
@@ -57,16 +61,30 @@ def mutual_knn(x: Float[Tensor, "t d"], y: Float[Tensor, "u e"], *, k: int = _K)
     return _shared(_neighbours(x, k), _neighbours(y, k))
 
 
+class _Described(NamedTuple):
+    x: Float64[Tensor, "t d"]
+    cosines: Float64[Tensor, "t a"]
+
+    @staticmethod
+    def by_random_anchors(x: Float64[Tensor, "t d"]) -> "_Described":
+        return _Described(x, described(x, random_anchors(len(x), min(ANCHORS, len(x)), seed=0)))
+
+
 @declare(
     (-1.0, 1.0),
     symmetric=True,
     invariant={**UP_TO_ROTATION, "token permutation": "neither"},
+    in_steps=Steps(
+        lambda x: _Described.by_random_anchors(x.double()),
+        lambda y, order: _Described.by_random_anchors(y.x[order]),
+        lambda a, b: mean_cosine(a.cosines, b.cosines),
+    ),
 )
 def relative(
     x: Float[Tensor, "t d"],
     y: Float[Tensor, "u e"],
     *,
-    anchors: int | Int64[Tensor, " a"] = 300,
+    anchors: int | Int64[Tensor, " a"] = ANCHORS,
     center: bool = True,
     seed: int = 0,
 ) -> float:
@@ -115,4 +133,4 @@ def described(x: Float[Tensor, "t d"], anchors: Int64[Tensor, " a"], center: boo
 
 def mean_cosine(a: Float64[Tensor, "t a"], b: Float64[Tensor, "t a"]) -> float:
     """The mean over tokens of the cosine between unit vectors."""
-    return float((a * b).sum(dim=1).mean())
+    return float(torch.dot(a.flatten(), b.flatten()) / len(a))
