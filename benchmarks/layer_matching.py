@@ -7,25 +7,42 @@ the cells and heatmaps to benchmarks/results.
 """
 
 import argparse
+import itertools
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import TypeAlias
 
 import pandas as pd
+import torch
 from datasets import concatenate_datasets
 from measure import RESULTS, machine, write
 from rich.console import Console
 from rich.table import Table
 
-from itda_lens import embedded
+from itda_lens import BuildConfig, build, embedded
+from itda_lens.interpret import transfer_table
 from itda_lens.similarity import LayerMatching, MatchingConfig, less_layer_mean, match_layers
-from itda_lens.streams import load_model
+from itda_lens.streams import HookedModel, load_model
+from itda_lens.streams.datasets import AnyDataset
 
+Matrices: TypeAlias = dict[tuple[str, str], torch.Tensor]
 PLOTTED = (
     "graded membership", "procrustes", "mutual_knn", "linear_cka", "jaccard, equal threshold", "jaccard, equal size",
     "size alone, equal threshold", "mean grade alone",
 )  # fmt: skip
+
+
+def agreement(models: Mapping[str, HookedModel], dataset: AnyDataset | Path, hooks: list[str]) -> Matrices:
+    """How alike the atoms of each layer's dictionary stand to each other after transfer (see `transfer_table`)."""
+    config = BuildConfig(k=8, n_atoms=512, tokens=20_000, progress=False)
+    itdas = {name: build(model, dataset, hooks, config) for name, model in models.items()}
+    return {
+        (a, b): torch.tensor([transfer_table(itdas[a][hook], models[b], hooks)["agreement"].tolist() for hook in hooks])
+        for a, b in itertools.product(models, repeat=2)
+    }
 
 
 def shown(table: pd.DataFrame) -> Table:
@@ -60,6 +77,7 @@ def main() -> None:
     for name in ("linear_cka", "procrustes", "mutual_knn", "relative", "jaccard, equal size"):
         found.matrices[f"{name}, mean taken off"] = less_layer_mean(found.matrices[name])
     seconds, processor = time.perf_counter() - started, time.process_time() - processor
+    found.matrices["agreement after transfer"] = agreement(models, dataset, list(found.hooks))
     console = Console(width=130)
     console.print(shown(found.table()), *found.notes, found.sizes)
     console.print(f"{found.tokens:,} tokens, {seconds:.0f} s ({processor:.0f} s of processor time); {machine()}")

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from sae_lens import SAE, TopKSAE, TopKSAEConfig
@@ -9,12 +10,14 @@ from sae_lens.synthetic import SyntheticModel
 from torch.nn.functional import normalize
 from torch.testing import assert_close
 
+from benchmarks.quality.opponents import CELLS
 from benchmarks.quality.opponents import scores as scores_of
 from benchmarks.quality.saes import Settings, train
 from benchmarks.quality.scores import score
 from benchmarks.quality.stability import Made, agreement, rows_of
 from benchmarks.quality.stability import build as build_rows
 from benchmarks.quality.subjects import Subject
+from benchmarks.quality.summary import METRICS, on_the_grid, paired
 from benchmarks.quality.synthetic import INDEPENDENT, found
 from itda_lens import ITDA, embedded, evals
 from itda_lens.streams import token_batches
@@ -167,3 +170,21 @@ def test_synthetic_features_are_found_by_themselves_alone():
     assert truth["explained_variance"] > other["explained_variance"]
     assert other["mcc"] < 0.5
     assert truth["true_l0"] == other["true_l0"]
+
+
+def test_the_grid_takes_the_rate_that_validation_chose_and_the_mean_of_seeds():
+    (model, hook), metrics = CELLS[0], dict.fromkeys(METRICS, 0.5)
+    common = {"model": model, "hook": hook, "n": 1024, "k": 8, "seconds": 1.0, "tokens": 10} | metrics
+    trained = [
+        {"lr": 1e-3, "validation": 0.8, "seed": 0, "ce_score": 0.99},
+        {"lr": 2e-3, "validation": 0.9, "seed": 0, "ce_score": 0.97},
+        {"lr": 2e-3, "validation": 0.85, "seed": 1, "ce_score": 0.95},
+        {"lr": 2e-3, "validation": 0.9, "seed": 0, "ce_score": 0.1, "k": 16},
+    ]
+    built = [{"seed": 0, "ce_score": 0.98}, {"seed": 1, "ce_score": 0.96}, {"seed": 0, "ce_score": 0.2, "hook": "x"}]
+    rows = [common | {"method": "topk", "pursuit": "sae"} | each for each in trained]
+    rows += [common | {"method": "ours", "pursuit": "orthogonal"} | each for each in built]
+    grid = on_the_grid(pd.DataFrame(rows))
+    assert grid.loc["topk", "sae"].ce_score.tolist() == pytest.approx([0.96])
+    assert grid.loc["ours", "orthogonal"].ce_score.tolist() == pytest.approx([0.97])
+    assert paired(grid, ("ours", "orthogonal"), ("topk", "sae"))["mean"] == pytest.approx(0.01)

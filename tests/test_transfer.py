@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from itda_lens import ITDA, BuildConfig, Provenance, build, embedded
 from itda_lens.evals import random_directions
-from itda_lens.interpret import best_layer, decompose, source_atoms, transfer, transfer_all, transfer_table
+from itda_lens.interpret import best_layer, decompose, diff, source_atoms, transfer, transfer_all, transfer_table
 from itda_lens.streams import load_model
 from tests.conftest import HOOK
 
@@ -156,6 +156,32 @@ def test_across_tokenizers_where_borders_meet(foreign, source, target):
         ids = models[target].to_tokens(longest, prepend_bos=False, truncate=False)[0].tolist()
         ends = {tokenizer.decode(ids[: j + 1], skip_special_tokens=True) for j in range(len(ids))}
         assert itda.provenance.text(atom) not in ends
+
+
+def test_models_of_different_tokenizers_differ_where_borders_meet(foreign):
+    models, text = foreign
+    hook, base, tuned = "blocks.2.hook_resid_post", models[WORDS], models[STORIES]
+    config = BuildConfig(k=4, n_atoms=100, tokens=4000, pack=False, progress=False)
+    itda, native = (build(model, text.select(range(300)), hook, config)[hook] for model in (base, tuned))
+    probe = text.select(range(300, 320))
+    found = diff(base, tuned, itda, probe, native=native, tokens=10**6, context_size=64)
+    assert found.prompts["shift"].between(0, 2).all()
+    assert found.tokens.notna().all(axis=None)
+    assert set(found.atoms["model"]) == {"base", "tuned"}
+    for row in range(5):
+        ends = []
+        for model in (base, tuned):
+            ids = model.to_tokens(probe[row]["text"], prepend_bos=False, truncate=False)[0].tolist()
+            ends.append({len(model.tokenizer.decode(ids[: i + 1], skip_special_tokens=True)) for i in range(len(ids))})
+        first = model_text(base, probe[row]["text"], 63)
+        shared = {end for end in ends[0] & ends[1] if 0 < end <= len(first)}
+        assert abs(found.prompts.loc[row, "n_tokens"] - len(shared)) <= 1
+
+
+def model_text(model, text: str, tokens: int) -> str:
+    """The text of the first tokens."""
+    ids = model.to_tokens(text, prepend_bos=False, truncate=False)[0][:tokens].tolist()
+    return model.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def test_atoms_beyond_the_context_are_counted(built, other):

@@ -121,7 +121,7 @@ def jobs() -> Iterator[Job]:
     main = ("ours", "random_activations", "paper")
     for seed in range(3):
         for cell in CELLS:  # what is known of a cell's model is held from one job to the next
-            yield from (Job(cell, method, seed=seed) for method in (METHODS if seed == 0 else main))
+            yield from (Job(cell, method, seed=seed) for method in (METHODS if seed == 0 else (*main, "exemplars")))
     yield from (Job(cell, method) for cell in PRETRAINED.items() for method in main)
     yield from (Job(FIRST, method, k=k) for method in main for k in (4, 16, 32))
     yield from (Job(FIRST, method, n=n) for method in main for n in (512, 2048))

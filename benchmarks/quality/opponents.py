@@ -80,6 +80,12 @@ def chosen(cell: Cell, like: Settings) -> Settings:
     return max(found, key=lambda settings: found[settings])
 
 
+def training_curves() -> dict[float, list[dict[str, float]]]:
+    """By learning rate, how the TopK SAEs of the first cell came along; those that the cache has."""
+    files = {rate: folder(FIRST) / replace(DEFAULT, lr=rate).name / "training.json" for rate in RATES}
+    return {rate: json.loads(file.read_text())["curve"] for rate, file in files.items() if file.exists()}
+
+
 def neighbours(settings: Settings) -> list[Settings]:
     i = RATES.index(settings.lr)
     return [replace(settings, lr=RATES[j]) for j in (i - 1, i + 1) if 0 <= j < len(RATES)]

@@ -1,4 +1,4 @@
-"""CE loss score against L0 and against the number of atoms, in the one cell where both were varied."""
+"""CE loss score against L0 and the number of atoms, and how SAEs converge, in the one cell where these were varied."""
 
 from pathlib import Path
 
@@ -16,8 +16,8 @@ SHOWN = {
 }
 
 
-def plot(rows: pd.DataFrame, path: Path) -> None:
-    """Of what `summary.collected` returns. Where a cell has more seeds, the first is drawn; of rates, the best."""
+def plot(rows: pd.DataFrame, curves: dict[float, list[dict[str, float]]], path: Path) -> None:
+    """Of what `collected` and `training_curves` return. The first seed is drawn; of learning rates, the best."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -26,7 +26,8 @@ def plot(rows: pd.DataFrame, path: Path) -> None:
 
     default = Settings()
     cell = rows[(rows.model == FIRST[0]) & (rows.hook == FIRST[1]) & (rows.seed == 0)]
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, constrained_layout=True)
+    figure, (*panels, training) = plt.subplots(1, 3, figsize=(14, 4.2), constrained_layout=True)
+    panels[1].sharey(panels[0])
     for panel, varied, fixed in zip(panels, ("k", "n"), ("n", "k"), strict=True):
         line = cell[cell[fixed] == getattr(default, fixed)]
         for (method, pursuit), (label, colour, style) in SHOWN.items():
@@ -41,5 +42,11 @@ def plot(rows: pd.DataFrame, path: Path) -> None:
     panels[0].set(xlabel="L0", ylabel="CE loss score")
     panels[1].set_xlabel("atoms")
     panels[1].legend(fontsize=8, loc="lower right")
+    for rate, curve in curves.items():
+        points = pd.DataFrame(curve)
+        training.plot(points.draws / 1e6, points.explained_variance, label=f"learning rate {rate:g}")
+    training.set(xlabel="million token draws", ylabel="explained variance, validation", title="TopK SAE in training")
+    training.grid(alpha=0.3)
+    training.legend(fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)

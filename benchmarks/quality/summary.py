@@ -16,7 +16,7 @@ from rich.table import Table
 from benchmarks.measure import RESULTS, write
 from benchmarks.quality import stability, synthetic
 from benchmarks.quality.dictionaries import PURSUITS
-from benchmarks.quality.opponents import CELLS
+from benchmarks.quality.opponents import CELLS, training_curves
 from benchmarks.quality.plots import plot
 from benchmarks.quality.saes import Settings
 from benchmarks.quality.subjects import CACHE
@@ -120,8 +120,9 @@ def run(to_file: bool = False) -> None:
     if to_file:
         records = {"rows": rows, "synthetic": on_synthetic, "stability": between_pairs}
         as_lists = {name: json.loads(each.to_json(orient="records")) for name, each in records.items()}
-        write("quality", {}, differences=against, share_of_learned=share, **as_lists)
-        plot(rows, RESULTS / "quality.png")
+        curves = training_curves()
+        write("quality", {}, differences=against, share_of_learned=share, training=curves, **as_lists)
+        plot(rows, curves, RESULTS / "quality.png")
 
 
 if __name__ == "__main__":
