@@ -163,7 +163,7 @@ class Eval:
     def run(self, console: Console) -> None:
         saes = {str(folder): _load(folder) for folder in self.saes}
         first = next(iter(saes.values()))
-        model = _model(self.model or first.cfg.metadata.model_name)
+        model = _model_of(first, self.model, "--model")
         if self.built_on is not None:
             if not isinstance(first, ITDA):
                 raise ValueError(f"{self.saes[0]} is no ITDA, so it was built on no stream: leave out --built-on")
@@ -199,7 +199,7 @@ class Explain:
 
     def run(self, console: Console) -> None:
         itda = _itda(self.itda)
-        model = _model(self.model or itda.cfg.metadata.model_name)
+        model = _model_of(itda, self.model, "--model")
         for explanation in explain(itda, model, self.prompt, self.positions, self.n_terms):
             console.print(_explanation_table(explanation))
 
@@ -232,7 +232,7 @@ class Diff:
     def run(self, console: Console) -> None:
         itda = _itda(self.itda)
         native, second = (None if folder is None else _itda(folder) for folder in (self.native, self.second))
-        base, tuned = _model(self.base or itda.cfg.metadata.model_name), _model(self.tuned)
+        base, tuned = _model_of(itda, self.base, "--base"), _model(self.tuned)
         found = diff(
             base,
             tuned,
@@ -313,9 +313,20 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
 
 
-def _model(name: str | None) -> HookedModel:
+def _model_of(sae: SAE, given: str | None, option: str) -> HookedModel:
+    """The model that an SAE belongs to, unless another is given."""
+    if given is not None:
+        return _model(given)
+    name = sae.cfg.metadata.model_name
     if name is None:
-        raise ValueError("the SAE does not say which model it belongs to: pass --model")
+        raise ValueError(f"the SAE does not say which model it belongs to: pass {option}")
+    try:
+        return _model(name)
+    except ValueError as e:
+        raise ValueError(f"the SAE belongs to {name!r}, which can't be loaded by that name: pass {option}. {e}") from e
+
+
+def _model(name: str) -> HookedModel:
     found = _EMBEDDED_MODEL.match(name)
     return embedded.model(int(found[1] or 0)) if found else load_model(name)
 
@@ -351,11 +362,15 @@ def _load_build(folder: Path) -> dict[str, ITDA]:
 
 def _metrics_table(metrics: pd.DataFrame) -> Table:
     table = Table(Column("", no_wrap=True), *(column.replace("_", " ") for column in metrics.columns))
-    for name, row in metrics.iterrows():
-        table.add_row(
-            str(name)[-_NAME_WIDTH:], *(f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3f}" for value in row)
-        )
+    for name, row in metrics.astype(object).iterrows():
+        table.add_row(str(name)[-_NAME_WIDTH:], *map(_number, row))
     return table
+
+
+def _number(value: float | int) -> str:
+    if pd.isna(value):
+        return ""
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 100 else f"{value:.3f}"
 
 
 def _ranked_table(rows: pd.DataFrame, index: str, columns: list[str]) -> Table:

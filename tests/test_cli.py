@@ -57,6 +57,15 @@ def test_build_eval_explain(tmp_path, capsys):
     assert "«Return» at position 1" in printed
 
 
+def test_an_sae_whose_model_has_no_name_says_what_to_pass(tmp_path, capsys, built):
+    itda = ITDA.from_atoms(built.atoms, built.cfg.k, metadata={"model_name": "mine", "hook_name": HOOK})
+    itda.save_model(tmp_path)
+    with pytest.raises(SystemExit):
+        run("eval", "--saes", tmp_path, "--dataset", "embedded:heldout")
+    printed = capsys.readouterr().err.replace("\n", " ")
+    assert re.search("the SAE belongs to 'mine', which can't be loaded by that name: pass --model", printed)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

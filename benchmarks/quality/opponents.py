@@ -59,7 +59,7 @@ def other_architectures(best: Settings) -> Iterator[Settings]:
     yield replace(best, architecture="batchtopk")
     short = replace(best, draws=best.draws // 10)
     pursuit = replace(short, architecture="matching_pursuit")
-    yield from (replace(pursuit, lr=best.lr / part) for part in (1, 2.5, 6, 15))
+    yield from (replace(pursuit, lr=rate) for rate in RATES)
     yield replace(best, architecture="matching_pursuit", lr=chosen(FIRST, pursuit).lr)
     standard = [replace(short, architecture="standard", l1=l1) for l1 in L1]
     yield from standard

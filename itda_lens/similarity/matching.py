@@ -36,13 +36,16 @@ class LayerMatching:
         """One row for each measure, the best first.
 
         `accuracy` is that of layer matching, over pairs of different models, with a bootstrap interval over pairs from
-        `low` to `high`; `with_self` also counts each model with itself, as the paper's table does. `effect` is the mean
-        over matching layers, `significant` the share of all cells above chance at 5 %, for all cells together.
+        `low` to `high` where there are several; `with_self` also counts each model with itself, as the paper's table
+        does. `effect` is the mean over matching layers, `significant` the share of all cells above chance at 5 %, for
+        all cells together.
         """
         rows: list[dict[str, Any]] = []
         for measure, matrices in self.matrices.items():
             found = matching_interval(matrices)
-            row = {"measure": measure, "accuracy": found.accuracy, "low": found.low, "high": found.high}
+            row = {"measure": measure, "accuracy": found.accuracy}
+            if len(self.models) > 2:
+                row |= {"low": found.low, "high": found.high}
             row |= {"with_self": matching_interval(matrices, self_pairs=True).accuracy, "cells": found.cells}
             if calibrated := list(self.calibrations.get(measure, {}).values()):
                 row["effect"] = float(torch.cat([c.effect.diagonal() for c in calibrated]).mean())
