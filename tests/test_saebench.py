@@ -128,7 +128,7 @@ def test_sae_probes_run_with_several_seeds_and_only_once(built, output):
     first, second = (values(table, sae="itda", seed=seed) for seed in (1, 2))
     assert not first.equals(second), "another seed is another split"
     assert first["llm_test_auc"] > 0.9
-    assert first["sae_top_5_test_auc"] > 0.8
+    assert first["sae_top_5_test_auc"] > 0.7
 
     before = files(output)
     again = run({"itda": built, "topk": topk}, ["sae_probes"], output, seeds=[1, 2], settings=settings)
