@@ -174,12 +174,13 @@ def test_synthetic_features_are_found_by_themselves_alone():
 
 def test_the_grid_takes_the_rate_that_validation_chose_and_the_mean_of_seeds():
     (model, hook), metrics = CELLS[0], dict.fromkeys(METRICS, 0.5)
-    common = {"model": model, "hook": hook, "n": 1024, "k": 8, "seconds": 1.0, "tokens": 10} | metrics
+    common = {"model": model, "hook": hook, "n": 1024, "k": 8, "seconds": 1.0, "tokens": 4_100_000} | metrics
     trained = [
         {"lr": 1e-3, "validation": 0.8, "seed": 0, "ce_score": 0.99},
         {"lr": 2e-3, "validation": 0.9, "seed": 0, "ce_score": 0.97},
         {"lr": 2e-3, "validation": 0.85, "seed": 1, "ce_score": 0.95},
         {"lr": 2e-3, "validation": 0.9, "seed": 0, "ce_score": 0.1, "k": 16},
+        {"lr": 1e-2, "validation": 1.0, "seed": 0, "ce_score": 0.1, "tokens": 410_000},
     ]
     built = [{"seed": 0, "ce_score": 0.98}, {"seed": 1, "ce_score": 0.96}, {"seed": 0, "ce_score": 0.2, "hook": "x"}]
     rows = [common | {"method": "topk", "pursuit": "sae"} | each for each in trained]

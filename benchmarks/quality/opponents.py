@@ -9,7 +9,6 @@ the hook has the cost of the forward passes. Learning rates are chosen on the en
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -17,7 +16,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from sae_lens import SAE
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -33,8 +31,8 @@ CELLS = [(name, f"blocks.{layer}.hook_resid_post") for layer in (4, 2, 6) for na
 FIRST = CELLS[0]
 RATES = (1e-3, 2.5e-3, 6e-3, 1.5e-2)
 """Of Adam, on activations scaled to a mean norm of `sqrt(d)`."""
-L1 = (0.5, 1.0, 2.0, 4.0, 8.0)
-"""Of the standard SAE, on activations scaled likewise."""
+L1 = (2.0, 3.0)
+"""Of the standard SAE, on activations scaled likewise: an L0 near 8."""
 WITH_NEIGHBOURS = [("seed49", "blocks.2.hook_resid_post"), ("seed81", "blocks.6.hook_resid_post")]
 DEFAULT = Settings()
 
@@ -55,16 +53,12 @@ def jobs() -> Iterator[tuple[Cell, Settings]]:
 
 
 def other_architectures(best: Settings) -> Iterator[Settings]:
-    """What TopK's rate does not suit, or has no k, is set by short runs, then trained in full."""
+    """TopK's rate does not suit matching pursuit: that is set by short runs, then trained in full."""
     yield replace(best, architecture="batchtopk")
-    short = replace(best, draws=best.draws // 10)
-    pursuit = replace(short, architecture="matching_pursuit")
+    pursuit = replace(best, architecture="matching_pursuit", draws=best.draws // 10)
     yield from (replace(pursuit, lr=rate) for rate in RATES)
-    yield replace(best, architecture="matching_pursuit", lr=chosen(FIRST, pursuit).lr)
-    standard = [replace(short, architecture="standard", l1=l1) for l1 in L1]
-    yield from standard
-    l1 = with_l0(8, standard)
-    yield from (replace(best, architecture="standard", l1=float(f"{l1 * part:.3g}")) for part in (1, 0.8))
+    yield replace(pursuit, lr=chosen(FIRST, pursuit).lr, draws=best.draws)
+    yield from (replace(best, architecture="standard", l1=l1) for l1 in L1)
 
 
 def chosen(cell: Cell, like: Settings) -> Settings:
@@ -89,14 +83,6 @@ def training_curves() -> dict[float, list[dict[str, float]]]:
 def neighbours(settings: Settings) -> list[Settings]:
     i = RATES.index(settings.lr)
     return [replace(settings, lr=RATES[j]) for j in (i - 1, i + 1) if 0 <= j < len(RATES)]
-
-
-def with_l0(l0: float, standard: list[Settings]) -> float:
-    """The L1 coefficient at which the L0 on the validation text would be this, between those tried."""
-    files = [folder(FIRST) / settings.name / "scores.json" for settings in standard]
-    found = [json.loads(file.read_text())["validation"]["l0"] for file in files]
-    tried = [math.log(settings.l1) for settings in standard]
-    return math.exp(np.interp(-math.log(l0), [-math.log(each) for each in found], tried))
 
 
 def folder(cell: Cell) -> Path:

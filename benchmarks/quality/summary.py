@@ -56,7 +56,8 @@ def on_the_grid(rows: pd.DataFrame) -> pd.DataFrame:
     grid = grid[grid.index.isin(cells)].reset_index()
     key = ["method", "pursuit", "model", "hook"]
     trained = grid.lr.notna()
-    rates = grid[trained].groupby([*key, "lr"])[[*METRICS, "seconds", "tokens", "validation"]].mean().reset_index()
+    whole = grid[trained & (grid.tokens >= Settings().draws)]  # not the short runs that a rate was chosen by
+    rates = whole.groupby([*key, "lr"])[[*METRICS, "seconds", "tokens", "validation"]].mean().reset_index()
     best = rates.sort_values("validation").groupby(key).tail(1)
     return pd.concat([grid[~trained], best]).groupby(key)[[*METRICS, "seconds", "tokens"]].mean()
 
