@@ -2,8 +2,8 @@
 
     nice -n 19 python -m benchmarks.quality
 
-It needs the folder `../shared` with models and text. From nothing it takes some four hours on two cores, nearly all of
-them for training the SAEs that ITDAs are compared with. Figures and plots go to `benchmarks/results`.
+It needs the folder `../shared` with models and text. From nothing it takes some hours on two cores, nearly all of them
+for training the SAEs that ITDAs are compared with. Figures and plots go to `benchmarks/results`.
 """
 
 from benchmarks.quality import dictionaries, opponents, stability, summary, synthetic

@@ -90,7 +90,8 @@ def of_stability(rows: pd.DataFrame) -> Table:
 
 
 def with_spread(values: pd.Series) -> str:
-    return "" if values.isna().all() else f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})"
+    """Mean and standard deviation."""
+    return "" if values.isna().all() else f"{values.mean():.3f} ± {values.std():.3f}"
 
 
 def run(to_file: bool = False) -> None:
