@@ -99,6 +99,8 @@ def _matching(gathered: Gathered, models: list[str], hooks: Sequence[str], confi
         for name, less_mean in ((GRADED, True), (f"{GRADED}, mean not taken off", False)):
             matrices.setdefault(name, {})[a, b] = profiles.similarity(rows, columns, less_mean=less_mean)
     calibrations: dict[str, dict[Pair, Calibration]] = {}
+    graded = gathered.tokens - config.beginning
+    block = min(config.context_size, max(1, graded // 20))  # a short stream has at least twenty blocks, too
     for pair in itertools.combinations(models, 2) if config.permutations else ():
         a, b = (layers[model] for model in pair)
         often = {"permutations": config.permutations, "seed": config.seed}
@@ -106,7 +108,7 @@ def _matching(gathered: Gathered, models: list[str], hooks: Sequence[str], confi
         for name, atoms in (("jaccard, equal threshold", at_threshold), ("jaccard, equal size", at_size)):
             sides = [atoms[i] for i in a], [atoms[i] for i in b]
             found[name] = calibrate_jaccard(*sides, gathered.tokens, draws=config.permutations, seed=config.seed)
-        found[GRADED] = profiles.calibrate(a, b, block=config.context_size, **often)
+        found[GRADED] = profiles.calibrate(a, b, block=block, **often)
         for name, calibration in found.items():
             calibrations.setdefault(name, {})[pair] = calibration
     sizes = {model: [len(at_threshold[layer]) for layer in layers[model]] for model in models}
