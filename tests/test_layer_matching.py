@@ -127,7 +127,7 @@ def test_heatmaps_ring_the_most_similar_layer(found):
 
 
 def test_a_short_stream_is_noted(models):
-    few = MatchingConfig(**{**vars(SMALL), "tokens": 10**6, "sample": 10**6, "permutations": 0, "n_atoms": 400})
+    few = MatchingConfig(**{**vars(SMALL), "tokens": 10**6, "sample": 10**6, "permutations": 2, "n_atoms": 400})
     texts = Dataset.from_dict({"text": embedded.dataset("heldout")["text"][:6]})
     with pytest.warns(UserWarning, match="the stream ended"):
         notes = match_layers(models, texts, HOOKS[:2], few).notes
