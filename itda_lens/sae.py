@@ -53,6 +53,8 @@ class ITDAConfig(SAEConfig):
     """Only positive coefficients."""
     use_sparse_activations: bool = False
     """`encode` returns a sparse COO tensor in place of a dense one."""
+    typical_norm: float | None = None
+    """The median norm of ordinary tokens about `b_dec`, by which massive ones are known; None where nobody has noted it."""
 
     @classmethod
     def architecture(cls) -> str:

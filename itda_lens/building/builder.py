@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from itda_lens.building.growing import GrowingDictionary
@@ -14,9 +14,10 @@ from itda_lens.building.losses import LOSSES, LossName, check_threshold, roundin
 from itda_lens.building.paper import judge_batch
 from itda_lens.building.sequential import judge_in_order
 from itda_lens.building.sizing import Sizing
-from itda_lens.building.state import BuildState, Tally
+from itda_lens.building.state import BuildState, Tally, Tokens
 from itda_lens.provenance import Provenance, Tokenizer, tokenizer_digest
 from itda_lens.sae import ITDA
+from itda_lens.streams.massive import is_massive
 
 
 class BuildStats(NamedTuple):
@@ -51,6 +52,11 @@ class DictionaryBuilder:
     The size is set by `threshold` (any size), `threshold` and `n_atoms` (stop there), or `n_atoms` and `tokens`
     (a budget): then the threshold moves by itself at fixed token counts, and atoms whose loss lay below it
     are dropped again, so that the dictionary spans the stream.
+
+    **Attention sinks.** A few tokens, BOS above all, can have a norm a hundred times that of others. Such *massive* tokens
+    (see `itda_lens.streams.massive`) count in neither mean, loss nor budget. One of which more than the norm of an
+    ordinary token is left becomes an atom, whatever the threshold; these atoms stay, and stand first. So an ITDA passes
+    sinks on nearly as they are, which the model needs. It takes `center`, with which the usual norm becomes known.
 
     Args:
         d_in: width of the activations; trailing dimensions are flattened to it.
@@ -116,7 +122,7 @@ class DictionaryBuilder:
         self._judge = judge_in_order
         self._bias_is_known = not center
         self._sequences: dict[int, Tensor] = {}
-        self._held_back: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._held_back: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self._rows_seen = 0
         self._metadata: dict[str, Any] = {}
 
@@ -172,7 +178,10 @@ class DictionaryBuilder:
                 "or crop it first"
             )
         state, always = builder._state, torch.full((itda.cfg.d_sae,), float("inf"), dtype=torch.float64)
-        state.dictionary.extend(itda.atoms.detach().float(), prov.row, prov.position, always)
+        record: dict[str, Any] = itda.cfg.metadata.itda_build or {}
+        sink = torch.arange(itda.cfg.d_sae) < record.get("sinks", 0)
+        state.dictionary.extend(itda.atoms.detach().float(), prov.row, prov.position, always, sink)
+        state.scale = itda.cfg.typical_norm or 0.0
         state.bias = itda.b_dec.detach().float().to(builder.device, copy=True) * itda.cfg.apply_b_dec_to_input
         builder._bias_is_known = True
         builder._sequences = dict(prov.sequences)
@@ -195,31 +204,34 @@ class DictionaryBuilder:
         self,
         activations: Float[Tensor, "b s *d"],
         tokens: Int[Tensor, "_ _"] | None = None,
-        mask: Bool[Tensor, "_ _"] | None = None,
+        mask: Shaped[Tensor, "_ _"] | None = None,
+        unjudged: Shaped[Tensor, "_ _"] | None = None,
     ) -> BuildStats:
         """Judge the next sequences of the stream.
 
         Args:
             activations: `[b, s, ...]`; trailing dimensions are flattened to `d_in`.
             tokens: the token ids, for provenance.
-            mask: True where a token may become an atom; a masked token counts in neither mean, loss nor budget,
+            mask: True (or 1) where a token may become an atom; a masked token counts in neither mean, loss nor budget,
                 yet keeps its position.
+            unjudged: True for masked tokens that are no padding, such as BOS: one that is massive becomes an atom.
 
         Raises:
             ValueError: the width is another, shapes disagree, or an unmasked activation is NaN or infinite
                 (the message names its sequence and position). The builder is left as it was.
         """
-        x, mask = self._checked(activations, tokens, mask)
+        x, mask, others = self._checked(activations, tokens, mask, unjudged)
         before = copy.copy(self._state.tally)
         first_row = self._rows_seen
         self._rows_seen += len(x)
         if not self.done:
-            keep = mask.flatten()
+            keep = (mask | others).flatten()
             row = torch.arange(first_row, self._rows_seen).repeat_interleave(x.shape[1])[keep]
             position = torch.arange(x.shape[1]).repeat(len(x))[keep]
             if tokens is not None:
                 self._sequences |= dict(enumerate(tokens.detach().to("cpu", torch.int64).unbind(), first_row))
-            self._take(x.flatten(0, 1)[keep.to(x.device)].to(self.device, torch.float32), row, position)
+            kept = x.flatten(0, 1)[keep.to(x.device)].to(self.device, torch.float32)
+            self._take(kept, row, position, mask.flatten()[keep])
             self._forget_sequences()
         now = self._state.tally
         judged = now.tokens - before.tokens
@@ -250,6 +262,7 @@ class DictionaryBuilder:
         self._report()
         dictionary = self._state.dictionary
         keep = self._state.sizing.best(dictionary.admission)
+        keep = torch.cat([keep[dictionary.sink[keep]], keep[~dictionary.sink[keep]]])
         row, position = dictionary.row[keep], dictionary.position[keep]
         sequences = {r: self._sequences[r] for r in row.unique().tolist() if r in self._sequences}
         if len(sequences) < len(row.unique()):
@@ -266,8 +279,9 @@ class DictionaryBuilder:
             k,
             bias=self._state.bias,
             orthogonal=self.orthogonal,
+            typical_norm=self._state.scale or None,
             provenance=Provenance.from_tokens(row, position, sequences, self.tokenizer if sequences else None),
-            metadata=self._metadata | (metadata or {}) | {"itda_build": self._record()},
+            metadata=self._metadata | (metadata or {}) | {"itda_build": self._record(int(dictionary.sink[keep].sum()))},
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -279,6 +293,8 @@ class DictionaryBuilder:
             "row": dictionary.row.clone(),
             "position": dictionary.position.clone(),
             "admission": dictionary.admission.clone(),
+            "sink": dictionary.sink.clone(),
+            "scale": self._state.scale,
             "bias": self._state.bias.clone(),
             "bias_is_known": self._bias_is_known,
             "held_back": [torch.cat(parts) for parts in zip(*self._held_back, strict=True)],
@@ -297,7 +313,8 @@ class DictionaryBuilder:
                 raise ValueError(f"the saved builder has {name}={saved!r}, this one {name}={value!r}: make it alike")
         own = self._state
         own.dictionary = GrowingDictionary(self.d_in, self.device)
-        own.dictionary.extend(state["atoms"], state["row"], state["position"], state["admission"])
+        own.dictionary.extend(*(state[name] for name in ("atoms", "row", "position", "admission", "sink")))
+        own.scale = state["scale"]
         own.bias = state["bias"].to(self.device, copy=True)
         own.tally = Tally(**state["tally"])
         own.sizing.load_state_dict(state["sizing"])
@@ -307,27 +324,41 @@ class DictionaryBuilder:
         self._rows_seen = state["rows_seen"]
         self._metadata = copy.deepcopy(state["metadata"])
 
-    def _take(self, x: Tensor, row: Tensor, position: Tensor) -> None:
-        if self._bias_is_known:
-            self._judge(self._state, x, row, position)
+    def _take(self, x: Tensor, row: Tensor, position: Tensor, masked_in: Tensor) -> None:
+        if not self._bias_is_known:
+            self._held_back.append((x, row, position, masked_in))
+            if sum(int(held.sum()) for *_, held in self._held_back) >= self.center_tokens:
+                self._release()
             return
-        self._held_back.append((x, row, position))
-        if sum(len(held) for held, _, _ in self._held_back) >= self.center_tokens:
-            self._release()
+        massive = self._state.massive(x)
+        keep = masked_in.to(x.device) | massive
+        places = keep.cpu()
+        self._judge(self._state, Tokens(x[keep], row[places], position[places], massive[keep]))
 
     def _release(self) -> None:
-        x, row, position = (torch.cat(parts) for parts in zip(*self._held_back, strict=True))
+        held = [torch.cat(parts) for parts in zip(*self._held_back, strict=True)]
         self._held_back = []
         self._bias_is_known = True
-        if len(x):
-            self._state.bias = x[: self.center_tokens].double().mean(dim=0).float()
-        self._judge(self._state, x, row, position)
+        x, masked_in = held[0], held[3]
+        self._measure(x[masked_in.to(x.device)][: self.center_tokens])
+        self._take(*held)
+
+    def _measure(self, x: Tensor) -> None:
+        """The mean and the usual norm about it, of all but massive tokens."""
+        norms = x.norm(dim=-1)
+        if not norms.any():
+            return
+        ordinary = x[~is_massive(norms, norms[norms > 0].median())]
+        self._state.bias = ordinary.double().mean(dim=0).float()
+        self._state.scale = float((ordinary - self._state.bias).norm(dim=-1).median())
 
     def _forget_sequences(self) -> None:
-        wanted = set(self._state.dictionary.row.tolist()).union(*(row.tolist() for _, row, _ in self._held_back))
+        wanted = set(self._state.dictionary.row.tolist()).union(*(row.tolist() for _, row, *_ in self._held_back))
         self._sequences = {row: tokens for row, tokens in self._sequences.items() if row in wanted}
 
-    def _checked(self, activations: Tensor, tokens: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _checked(
+        self, activations: Tensor, tokens: Tensor | None, mask: Tensor | None, unjudged: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if activations.ndim < 3:
             raise ValueError(
                 f"activations must have the shape [sequences, positions, ...], got {tuple(activations.shape)}"
@@ -335,13 +366,15 @@ class DictionaryBuilder:
         x = activations.detach().flatten(2)
         if x.shape[2] != self.d_in:
             raise ValueError(f"the activations have width {x.shape[2]}, but this builder was made for d_in={self.d_in}")
-        for name, other in (("tokens", tokens), ("mask", mask)):
+        for name, other in (("tokens", tokens), ("mask", mask), ("unjudged", unjudged)):
             if other is not None and other.shape != x.shape[:2]:
                 raise ValueError(
                     f"{name} has shape {tuple(other.shape)}, but the activations have {tuple(x.shape[:2])}"
                 )
-        mask = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask.detach().cpu()
-        bad = (x.isfinite().all(dim=-1).logical_not().cpu() & mask).nonzero()
+        mask = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else _as_bool("mask", mask)
+        finite = x.isfinite().all(dim=-1).cpu()
+        others = torch.zeros_like(mask) if unjudged is None else _as_bool("unjudged", unjudged) & ~mask & finite
+        bad = (~finite & mask).nonzero()
         if len(bad):
             sequence, position = bad[0].tolist()
             raise ValueError(
@@ -349,7 +382,7 @@ class DictionaryBuilder:
                 f"{position} holds NaN or infinite values, as do {len(bad) - 1} others: mask them, or run the model in "
                 "a wider dtype"
             )
-        return x, mask
+        return x, mask, others
 
     def _report(self) -> None:
         judged, sizing = self._state.tally, self._state.sizing
@@ -380,12 +413,13 @@ class DictionaryBuilder:
                 stacklevel=3,
             )
 
-    def _record(self) -> dict[str, Any]:
+    def _record(self, sinks: int) -> dict[str, Any]:
         return {
             "loss": self.loss,
             "center_tokens": self.center_tokens if self.center else 0,
             "tokens_judged": self._state.tally.tokens,
             "sequences": self._rows_seen,
+            "sinks": sinks,
             **self._state.sizing.record(),
         }
 
@@ -406,3 +440,13 @@ def _check_counts(**counts: int | None) -> None:
     for name, value in counts.items():
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def _as_bool(name: str, mask: Tensor) -> Tensor:
+    """A mask as it comes, of any dtype: an attention mask holds the numbers 0 and 1."""
+    mask = mask.detach().cpu()
+    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(
+            f"{name} holds other values than 0 and 1 (or False and True), such as {mask.flatten()[0].item()}"
+        )
+    return mask.bool()

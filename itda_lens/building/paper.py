@@ -1,40 +1,38 @@
 """The paper's selection as its released code does it, which differs from its printed Algorithm 1."""
 
 import torch
-from jaxtyping import Float, Int64
 from torch import Tensor
 
-from itda_lens.building.state import BuildState
+from itda_lens.building.state import BuildState, Tokens
 from itda_lens.pursuit import matching_pursuit
 
 
-def judge_batch(
-    state: BuildState, x: Float[Tensor, "b d"], row: Int64[Tensor, " b"], position: Int64[Tensor, " b"]
-) -> None:
+def judge_batch(state: BuildState, tokens: Tokens) -> None:
     """Seed with the batch's most frequent activations, then add all of its tokens above the threshold at once.
 
     Near-duplicates inside a batch are all added, and the result depends on its size. While there are fewer
     atoms than dimensions, the batch's distinct activations come first, those that are held already among them.
     """
-    dictionary, d_in = state.dictionary, x.shape[1]
+    x, dictionary = tokens.x, state.dictionary
+    d_in = x.shape[1]
     if dictionary.n < d_in and len(x):
         distinct, inverse, counts = torch.unique(x, dim=0, return_inverse=True, return_counts=True)
         # The sort is not stable, so exact ties are broken as in the released code only by the same call.
         order = torch.sort(counts, descending=True).indices[: d_in - dictionary.n]
         places = torch.arange(len(x), device=x.device)
         first = places.new_full((len(distinct),), len(x)).scatter_reduce(0, inverse, places, "amin")
-        _add(state, first[order], x, row, position, x.new_full((len(x),), float("inf")))
+        _add(state, first[order], tokens, x.new_full((len(x),), float("inf")))
     if len(x) == 0 or state.done:
         return
     losses = state.losses(x, matching_pursuit(x, dictionary.atoms, state.k))
-    _add(state, (losses > state.sizing.threshold).nonzero()[:, 0], x, row, position, losses)
+    _add(state, (losses > state.sizing.threshold).nonzero()[:, 0], tokens, losses)
     state.tally.count(losses)
 
 
-def _add(state: BuildState, chosen: Tensor, x: Tensor, row: Tensor, position: Tensor, losses: Tensor) -> None:
-    chosen = chosen[x[chosen].norm(dim=-1) > 0]
+def _add(state: BuildState, chosen: Tensor, tokens: Tokens, losses: Tensor) -> None:
+    chosen = chosen[tokens.x[chosen].norm(dim=-1) > 0]
     if state.sizing.n_atoms is not None:
         chosen = chosen[: state.sizing.n_atoms - state.dictionary.n]
-    atoms, places = torch.nn.functional.normalize(x[chosen], dim=-1), chosen.cpu()
-    state.dictionary.extend(atoms, row[places], position[places], losses[chosen].double().cpu())
+    atoms, places = torch.nn.functional.normalize(tokens.x[chosen], dim=-1), chosen.cpu()
+    state.dictionary.extend(atoms, tokens.row[places], tokens.position[places], losses[chosen].double().cpu())
     state.tally.added += len(chosen)

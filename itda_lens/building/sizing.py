@@ -31,9 +31,13 @@ class Sizing(ABC):
             raise ValueError(f"tokens={tokens} is a budget too small for n_atoms={n_atoms}: each atom is one token")
         return MovingThreshold(n_atoms, tokens)
 
-    @abstractmethod
+    def room(self, n: int) -> int:
+        """How many further atoms may be added."""
+        return 2**62
+
     def is_full(self, n: int) -> bool:
         """Whether no further atom may be added at all."""
+        return self.room(n) <= 0
 
     @abstractmethod
     def tokens_to_next_step(self, judged: int) -> int:
@@ -72,8 +76,8 @@ class FixedThreshold(Sizing):
     def __init__(self, threshold: float, n_atoms: int | None, tokens: int | None):
         self.threshold, self.n_atoms, self.tokens = threshold, n_atoms, tokens
 
-    def is_full(self, n: int) -> bool:
-        return self.n_atoms is not None and n >= self.n_atoms
+    def room(self, n: int) -> int:
+        return super().room(n) if self.n_atoms is None else self.n_atoms - n
 
     def tokens_to_next_step(self, judged: int) -> int:
         return 2**62 if self.tokens is None else self.tokens - judged
@@ -108,9 +112,6 @@ class MovingThreshold(Sizing):
         self._wanted, self._budget = n_atoms, tokens
         self._interval = max(1, min(tokens // 100, n_atoms // 4))
         self.history: list[tuple[int, float, int]] = []
-
-    def is_full(self, n: int) -> bool:
-        return False
 
     def tokens_to_next_step(self, judged: int) -> int:
         return min(self._interval - judged % self._interval, self._budget - judged)
