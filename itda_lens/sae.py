@@ -54,7 +54,7 @@ class ITDAConfig(SAEConfig):
     use_sparse_activations: bool = False
     """`encode` returns a sparse COO tensor in place of a dense one."""
     typical_norm: float | None = None
-    """The median norm of ordinary tokens about `b_dec`, by which massive ones are known; None where nobody has noted it."""
+    """The median norm of ordinary tokens about `b_dec`, by which massive ones are known; None where it is not."""
 
     @classmethod
     def architecture(cls) -> str:

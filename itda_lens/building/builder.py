@@ -53,10 +53,10 @@ class DictionaryBuilder:
     (a budget): then the threshold moves by itself at fixed token counts, and atoms whose loss lay below it
     are dropped again, so that the dictionary spans the stream.
 
-    **Attention sinks.** A few tokens, BOS above all, can have a norm a hundred times that of others. Such *massive* tokens
-    (see `itda_lens.streams.massive`) count in neither mean, loss nor budget. One of which more than the norm of an
-    ordinary token is left becomes an atom, whatever the threshold; these atoms stay, and stand first. So an ITDA passes
-    sinks on nearly as they are, which the model needs. It takes `center`, with which the usual norm becomes known.
+    **Attention sinks.** A few tokens, BOS above all, can have a norm a hundred times that of others. Such *massive*
+    tokens (see `itda_lens.streams.massive`) count in neither mean, loss nor budget. One of which more than the norm of
+    an ordinary token is left becomes an atom, whatever the threshold; these atoms stay, and stand first. So an ITDA
+    passes sinks on nearly as they are, which the model needs. It takes `center`, with which the usual norm is known.
 
     Args:
         d_in: width of the activations; trailing dimensions are flattened to it.
@@ -446,7 +446,5 @@ def _as_bool(name: str, mask: Tensor) -> Tensor:
     """A mask as it comes, of any dtype: an attention mask holds the numbers 0 and 1."""
     mask = mask.detach().cpu()
     if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
-        raise ValueError(
-            f"{name} holds other values than 0 and 1 (or False and True), such as {mask.flatten()[0].item()}"
-        )
+        raise ValueError(f"{name} must hold 0 and 1, or False and True, but goes from {mask.min()} to {mask.max()}")
     return mask.bool()

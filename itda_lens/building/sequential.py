@@ -62,10 +62,8 @@ def _judge_compiled(state: BuildState, tokens: Tokens) -> Float[Tensor, " b"]:
             pursue_rows(*(array.numpy() for array in arrays), False)
 
     in_threads(encode, centered)
-    cross, added = (
-        inner_products(centered, centered),
-        torch.empty(min(len(centered), state.sizing.room(n)), dtype=torch.int64),
-    )
+    cross = inner_products(centered, centered)
+    added = torch.empty(min(len(centered), state.sizing.room(n)), dtype=torch.int64)
     arrays = (older, cross, lengths, limit, floor, values, indices, left, gram)
     judged, count = judge_block(*(array.numpy() for array in arrays), n, added.numpy())
     losses = (left[:judged] / energy[:judged]).clamp(0, 1).where(limit[:judged].isfinite() & (energy[:judged] > 0), 0)
