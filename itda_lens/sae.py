@@ -233,7 +233,7 @@ class ITDA(SAE[ITDAConfig]):
         if not 1 <= n <= self.cfg.d_sae:
             raise ValueError(f"n must be between 1 and the {self.cfg.d_sae} atoms of this dictionary, got {n}")
         provenance = None if self.provenance is None else self.provenance.select(range(n))
-        return self._with(self.W_dec[:n], provenance)
+        return self.with_atoms(self.W_dec[:n], provenance)
 
     def with_k(self, k: int) -> "ITDA":
         """The same dictionary with another L0."""
@@ -248,7 +248,25 @@ class ITDA(SAE[ITDAConfig]):
         """
         if unknown := settings.keys() - {"k", "orthogonal", "nonnegative"}:
             raise TypeError(f"{', '.join(sorted(unknown))}: pursuit has the settings k, orthogonal and nonnegative")
-        return self._with(self.W_dec, self.provenance, **settings)
+        return self.with_atoms(self.W_dec, self.provenance, **settings)
+
+    def with_atoms(self, atoms: Float[Tensor, "n d"], provenance: Provenance | None = None, **changes: Any) -> "ITDA":
+        """An ITDA of other atoms, as many as there are, in which everything else stays: bias, settings, metadata.
+
+        Args:
+            atoms: unit rows of the same width.
+            provenance: where they come from.
+            changes: other values for fields of `ITDAConfig`.
+
+        Example:
+            >>> ITDA.from_atoms(torch.eye(3), k=2, nonnegative=True).with_atoms(-torch.eye(3)).cfg.nonnegative
+            True
+        """
+        own = {f.name: getattr(self.cfg, f.name) for f in fields(self.cfg)} | changes
+        for name in ("d_in", "d_sae"):
+            del own[name]
+        own["metadata"] = copy.deepcopy(self.cfg.metadata)
+        return ITDA.from_atoms(atoms, bias=self.b_dec, provenance=provenance, **own)
 
     def nonnegative_view(self) -> "NonnegativeView":
         """The same dictionary with `2 n` latents, `[c+, c-]` over the atoms `[D, -D]`, for tools that test `> 0`.
@@ -352,13 +370,6 @@ class ITDA(SAE[ITDAConfig]):
             values = coefficients_on_path(on_path, atoms[indices], values != 0, orthogonal)
         shape = (*correlations.shape[:-1], k)
         return SparseCodes(values.reshape(shape), indices.reshape(shape))
-
-    def _with(self, atoms: Tensor, provenance: Provenance | None, **changes: Any) -> "ITDA":
-        own = {f.name: getattr(self.cfg, f.name) for f in fields(self.cfg)} | changes
-        for name in ("d_in", "d_sae"):
-            del own[name]
-        own["metadata"] = copy.deepcopy(self.cfg.metadata)
-        return ITDA.from_atoms(atoms, bias=self.b_dec, provenance=provenance, **own)
 
 
 class NonnegativeView(ITDA):

@@ -14,6 +14,7 @@ from itda_lens.provenance import Provenance, tokenizer_digest
 from itda_lens.sae import ITDA
 from itda_lens.streams import HookedModel, canonical_hooks, check_model
 from itda_lens.streams.datasets import AnyDataset
+from itda_lens.streams.metadata import prepends_bos
 
 _CONTEXT = 24
 """Tokens of context in the table of prompts."""
@@ -184,4 +185,4 @@ def _check(
             )
     for model in (base, tuned):
         canonical_hooks(model, [hook])
-    return hook, metadata.prepend_bos is not False
+    return hook, prepends_bos(metadata)

@@ -16,6 +16,7 @@ from itda_lens.interpret.transfer import source_atoms, transfer_all
 from itda_lens.sae import ITDA
 from itda_lens.streams import HookedModel, canonical_hooks
 from itda_lens.streams.datasets import AnyDataset
+from itda_lens.streams.metadata import prepends_bos
 
 
 def transfer_table(
@@ -134,7 +135,7 @@ def _errors(
         dataset,
         tokens=tokens,
         context_size=min(metadata.context_size or 128, model.cfg.n_ctx),
-        prepend_bos=metadata.prepend_bos is not False,
+        prepend_bos=prepends_bos(metadata),
         pack=metadata.pack is not False,
         column=column,
     )

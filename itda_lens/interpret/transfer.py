@@ -17,6 +17,7 @@ from itda_lens.interpret.prompts import run_prompts
 from itda_lens.sae import ITDA, NonnegativeView
 from itda_lens.streams import HookedModel, canonical_hooks
 from itda_lens.streams.hooks import hook_widths
+from itda_lens.streams.metadata import prepends_bos
 from itda_lens.streams.models import model_metadata
 
 _ROUNDING = 1e-5
@@ -67,7 +68,7 @@ def transfer_all(
     hook_widths(model, names, head_index)
     metadata: Any = itda.cfg.metadata
     assert itda.provenance is not None
-    placed = place(itda.provenance, model, prepend_bos=metadata.prepend_bos is not False)
+    placed = place(itda.provenance, model, prepend_bos=prepends_bos(metadata))
     n, n_tokens = len(placed.source), 0
     atoms: dict[str, Tensor] = {}
     totals: dict[str, Any] = defaultdict(int)

@@ -7,11 +7,13 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from itda_lens.similarity.declaration import MEASURES
 from itda_lens.similarity.jaccard import Dictionary, identity_sets, jaccard_index, provenance_of
 from itda_lens.similarity.layers import layer_similarity
-from itda_lens.similarity.null import Products, Sides, check_permutations, orders
+from itda_lens.similarity.moments import Held
+from itda_lens.similarity.null import Sides, check_permutations, orders
 
 
 class Calibration(NamedTuple):
@@ -77,20 +79,27 @@ def calibrate_all(
     *,
     permutations: int = 200,
     seed: int = 0,
+    draws_seed: int = 0,
+    progress: bool = False,
 ) -> dict[str, Calibration]:
-    """`calibrate` for several measures, with the same permutations and what they share computed once."""
+    """`calibrate` for several measures, with the same permutations and what they share computed once.
+
+    `draws_seed` is that of measures which draw at random themselves.
+    """
+    declared = {name: MEASURES[name].with_seed(draws_seed) for name in names}
     permuted = orders(len(layers_b[0]), permutations, seed)
-    observed = {name: layer_similarity(layers_a, layers_b, name) for name in names}
+    observed = {name: layer_similarity(layers_a, layers_b, m.compare) for name, m in declared.items()}
     null: dict[str, list[Tensor]] = {name: [] for name in names}
-    declared = {name: MEASURES[name] for name in names}
     linear = {name: m.of_moments for name, m in declared.items() if m.of_moments is not None}
-    products = Products(layers_a, layers_b) if linear else None
-    others = {name: Sides(m, layers_a, layers_b) for name, m in declared.items() if m.of_moments is None}
-    for order in permuted:
-        if products is not None:
-            pairs = products.of(order)
-            for name, of_moments in linear.items():
-                null[name].append(torch.tensor([[of_moments(pair) for pair in row] for row in pairs]).double())
+    held = [[Held.of(x) for x in side] for side in ((layers_a, layers_b) if linear else ())]
+    others = {name: Sides(m.steps, layers_a, layers_b) for name, m in declared.items() if m.of_moments is None}
+    for order in tqdm(permuted, desc="calibrating", unit=" permutations", disable=not progress):
+        if held:
+            moved = [b.permuted(order) for b in held[1]]
+            # The moments of one pair of layers at a time: those of all would be large.
+            values = [[[of(pair) for of in linear.values()] for pair in map(a.beside, moved)] for a in held[0]]
+            for name, matrix in zip(linear, torch.tensor(values, dtype=torch.float64).unbind(dim=2), strict=True):
+                null[name].append(matrix)
         for name, sides in others.items():
             null[name].append(sides.of(order))
     return {name: against(observed[name], torch.stack(null[name]), m.range[1]) for name, m in declared.items()}

@@ -1,6 +1,7 @@
 """What a measure of two representations promises, as data: its tests are generated from this."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from jaxtyping import Float
@@ -26,6 +27,21 @@ class Declaration(NamedTuple):
     """The same from second moments, for streams; None where the tokens themselves are needed."""
     in_steps: "Steps | None"
     """The same in steps, where much of the work is on each argument by itself."""
+    needs: Callable[[int, int], int] = lambda d, e: 2
+    """How many tokens it needs, for the widths of `x` and `y`."""
+    seeded: "Callable[[int], Steps] | None" = None
+    """The steps for a seed, of a measure that draws at random; `compare` then takes a `seed`, too."""
+
+    def with_seed(self, seed: int) -> "Declaration":
+        """The measure with its draws from another seed; most draw nothing, and stay as they are."""
+        if self.seeded is None:
+            return self
+        return self._replace(compare=partial(self.compare, seed=seed), in_steps=self.seeded(seed))
+
+    @property
+    def steps(self) -> "Steps":
+        """`in_steps`, or `compare` as the only step."""
+        return self.in_steps or Steps(lambda x: x, lambda y, order: y[order], self.compare)
 
 
 class Steps(NamedTuple):
@@ -58,11 +74,23 @@ def declare(
     invariant: Mapping[Transform, Side],
     of_moments: Callable[[PairMoments], float] | None = None,
     in_steps: Steps | None = None,
+    needs: Callable[[int, int], int] = lambda d, e: 2,
+    seeded: Callable[[int], Steps] | None = None,
 ) -> Callable[[Measure], Measure]:
-    """Enter a measure in `MEASURES`, under the name of its function."""
+    """Enter a measure in `MEASURES`, under the name of its function.
+
+    Example:
+        >>> @declare((0.0, 1.0), symmetric=True, invariant={})
+        ... def same_width(x, y):
+        ...     return float(x.shape[1] == y.shape[1])
+        >>> MEASURES.pop("same_width").symmetric
+        True
+    """
 
     def enter(compare: Measure) -> Measure:
-        MEASURES[compare.__name__] = Declaration(compare, range, symmetric, invariant, of_moments, in_steps)
+        MEASURES[compare.__name__] = Declaration(
+            compare, range, symmetric, invariant, of_moments, in_steps, needs, seeded
+        )
         return compare
 
     return enter

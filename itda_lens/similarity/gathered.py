@@ -11,7 +11,7 @@ from itda_lens.building import DictionaryBuilder
 from itda_lens.provenance import Provenance
 from itda_lens.similarity.jaccard import provenance_of
 from itda_lens.similarity.membership import MembershipProfiles
-from itda_lens.similarity.moments import CrossMoments
+from itda_lens.similarity.moments import LIMIT_GIB, CrossMoments
 from itda_lens.streams import Batch
 
 
@@ -45,36 +45,42 @@ class MatchingConfig:
     """The dataset's column with the text, when it is not called text."""
     seed: int = 0
     """Of the sample, of anchors, prompts and permutations."""
+    progress: bool = True
+    """Show progress bars."""
 
 
 class Gathered:
     """What is kept. Layers are numbered model by model.
 
     Args:
-        models: how many.
-        hooks: in each.
+        widths: of each layer.
+        hooks: in each model.
         config: sizes.
+
+    Raises:
+        ValueError: sizes that don't fit together.
     """
 
-    def __init__(self, models: int, hooks: Sequence[str], config: MatchingConfig):
+    def __init__(self, widths: Sequence[int], hooks: Sequence[str], config: MatchingConfig):
         self.config, self.tokens = config, 0
         self._hooks, self._rows = list(hooks), 0
         generator = torch.Generator().manual_seed(config.seed)
         self._sampled = torch.zeros(config.tokens, dtype=torch.bool)
         self._sampled[torch.randperm(config.tokens, generator=generator)[: config.sample]] = True
-        count = models * len(hooks)
-        self._samples: list[list[Tensor]] = [[] for _ in range(count)]
+        self.widths = list(widths)
+        self._samples: list[list[Tensor]] = [[] for _ in widths]
         self._places: list[Tensor] = []
         self.profiles = MembershipProfiles(
-            count,
+            len(widths),
             dictionaries=config.dictionaries,
             atoms=config.small_atoms,
             k=config.k,
             beginning=config.beginning,
             seed=config.seed,
         )
-        self._moments: CrossMoments | None = None
-        self._builders: list[tuple[DictionaryBuilder, DictionaryBuilder]] = []
+        self.moments = CrossMoments(widths) if CrossMoments.gib(widths) <= LIMIT_GIB else None
+        """Of all tokens; None where they would not fit."""
+        self._builders = [self._builders_of(width) for width in widths]
 
     def add(self, batches: Sequence[Batch]) -> None:
         """The next batch of each model, of the same tokens.
@@ -88,11 +94,8 @@ class Gathered:
         mask = _first(first.mask, self.config.tokens - self.tokens)
         layers = [batch.activations[hook] for batch in batches for hook in self._hooks]
         flat = [x[mask].float() for x in layers]
-        if self._moments is None:
-            widths = [x.shape[1] for x in flat]
-            self._moments = CrossMoments(widths)
-            self._builders = [self._builders_of(width) for width in widths]
-        self._moments.update(flat)
+        if self.moments is not None:
+            self.moments.update(flat)
         self.profiles.update(flat)
         for x, builders in zip(layers, self._builders, strict=True):
             for builder in builders:
@@ -104,11 +107,6 @@ class Gathered:
         self._places.append(torch.stack([row + self._rows, position], dim=1))
         self._rows += len(mask)
         self.tokens += len(flat[0])
-
-    @property
-    def moments(self) -> CrossMoments:
-        assert self._moments is not None
-        return self._moments
 
     def samples(self) -> list[Tensor]:
         """The activations of the sampled tokens, of each layer."""

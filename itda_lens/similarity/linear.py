@@ -27,7 +27,7 @@ def _procrustes(m: PairMoments) -> float:
 
 
 def _r2(m: PairMoments) -> float:
-    check_tokens(m)
+    check_tokens(m, len(m.x.covariance))
     whitened = whitening(m.x).T @ m.cross
     return float((whitened.square().sum() / m.y.covariance.trace()).clamp(max=1))
 
@@ -97,6 +97,7 @@ def procrustes(x: Float[Tensor, "t d"], y: Float[Tensor, "u e"]) -> float:
     symmetric=False,
     invariant={**UP_TO_ROTATION, "invertible linear": "first"},
     of_moments=_r2,
+    needs=lambda d, _: tokens_for(d),
 )
 def linear_regression_r2(x: Float[Tensor, "t d"], y: Float[Tensor, "u e"], *, paper_variant: bool = False) -> float:
     """The share of the variance of `y` that a linear map of `x`, with an intercept, predicts: 0 to 1.
@@ -118,7 +119,7 @@ def linear_regression_r2(x: Float[Tensor, "t d"], y: Float[Tensor, "u e"], *, pa
         >>> round(linear_regression_r2(x, x[:, :2] + 1), 4)
         1.0
     """
-    check_pair(x, y, tokens=x.shape[1] + 2, why=f", more than the {x.shape[1]} dimensions of x")
+    check_pair(x, y, tokens=tokens_for(x.shape[1]), why=f", more than the {x.shape[1]} dimensions of x")
     if not paper_variant:
         return _r2(PairMoments.of(x, y))
     x, y = x.double(), y.double()
@@ -134,10 +135,14 @@ def whitening(moments: Moments, directions: int | None = None) -> Float64[Tensor
     return vectors[:, kept] * variances[kept].rsqrt()
 
 
-def check_tokens(m: PairMoments) -> None:
-    """Raise a ValueError where there are no more tokens than dimensions, so that a fit would be perfect by itself."""
-    width = len(m.x.covariance)
-    if m.x.tokens < width + 2:
+def tokens_for(*widths: int) -> int:
+    """How many tokens a fit of these widths needs: with no more than dimensions it would be perfect by itself."""
+    return max(widths) + 2
+
+
+def check_tokens(m: PairMoments, width: int) -> None:
+    """Raise a ValueError where there are too few tokens for a fit of some width."""
+    if m.x.tokens < tokens_for(width):
         raise ValueError(f"there are {m.x.tokens} tokens for {width} dimensions: give more tokens than that")
 
 

@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 LIMIT_GIB = 4
@@ -35,8 +35,7 @@ class CrossMoments:
 
     def __init__(self, widths: Sequence[int]):
         ends = torch.tensor([width + 2 for width in widths]).cumsum(0).tolist()
-        gib = 8 * ends[-1] ** 2 / 2**30
-        if gib > LIMIT_GIB:
+        if (gib := CrossMoments.gib(widths)) > LIMIT_GIB:
             raise ValueError(
                 f"{len(widths)} layers of {ends[-1]:,} numbers for each token need {gib:.1f} GiB of moments, "
                 f"and {LIMIT_GIB} GiB is the limit: compare fewer layers or models at a time"
@@ -45,6 +44,11 @@ class CrossMoments:
         self._sums = torch.zeros(ends[-1], ends[-1], dtype=torch.float64)
         self._origins: list[Tensor] = []
         self._own: dict[int, Moments] = {}
+
+    @staticmethod
+    def gib(widths: Sequence[int]) -> float:
+        """The GiB that the sums take."""
+        return 8 * sum(width + 2 for width in widths) ** 2 / 2**30
 
     @torch.no_grad()
     def update(self, activations: Sequence[Float[Tensor, "t _"]]) -> None:
@@ -93,14 +97,33 @@ class PairMoments(NamedTuple):
 
     @staticmethod
     def of(x: Float[Tensor, "t d"], y: Float[Tensor, "t e"]) -> "PairMoments":
-        moments = CrossMoments([x.shape[1], y.shape[1]])
-        moments.update([x, y])
-        return moments.pair(0, 1)
+        return Held.of(x).beside(Held.of(y))
 
     @property
     def cross(self) -> Float64[Tensor, "d e"]:
         """The cross-covariance."""
         return _centred(self.sums)
+
+
+class Held(NamedTuple):
+    """A representation whose tokens are all at hand, with its moments."""
+
+    rows: Float64[Tensor, "t d_and_2"]
+    moments: Moments
+
+    @staticmethod
+    def of(x: Float[Tensor, "t d"]) -> "Held":
+        x = x.detach().cpu().double()
+        rows = augmented(x - x.mean(dim=0))
+        return Held(rows, Moments(rows.T @ rows))
+
+    def permuted(self, order: Int64[Tensor, " t"]) -> "Held":
+        """The same with its tokens in another order, which its own moments don't depend on."""
+        return self._replace(rows=self.rows[order])
+
+    def beside(self, other: "Held") -> PairMoments:
+        """The moments of this one and another of the same tokens."""
+        return PairMoments(self.moments, other.moments, self.rows.T @ other.rows)
 
 
 def augmented(x: Float64[Tensor, "t d"]) -> Float64[Tensor, "t d_and_2"]:

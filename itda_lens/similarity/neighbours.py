@@ -25,6 +25,10 @@ def _neighbours(x: Float[Tensor, "t d"], k: int) -> Int64[Tensor, "t k"]:
     return torch.cat(found)
 
 
+def _tokens_for(k: int) -> int:
+    return k + 2
+
+
 def _shared(a: Int64[Tensor, "t k"], b: Int64[Tensor, "t k"]) -> float:
     return float((a[:, :, None] == b[:, None, :]).any(dim=2).double().mean())
 
@@ -39,6 +43,7 @@ def _permuted(neighbours: Int64[Tensor, "t k"], order: Int64[Tensor, " t"]) -> I
     symmetric=True,
     invariant={**UP_TO_ROTATION, "shift": "neither"},
     in_steps=Steps(lambda x: _neighbours(x, _K), _permuted, _shared),
+    needs=lambda d, e: _tokens_for(_K),
 )
 def mutual_knn(x: Float[Tensor, "t d"], y: Float[Tensor, "u e"], *, k: int = _K) -> float:
     """The share of a token's `k` nearest other tokens, by cosine, that are the same in both: 0 to 1.
@@ -57,7 +62,7 @@ def mutual_knn(x: Float[Tensor, "t d"], y: Float[Tensor, "u e"], *, k: int = _K)
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    check_pair(x, y, tokens=k + 2, why=f" for k={k}")
+    check_pair(x, y, tokens=_tokens_for(k), why=f" for k={k}")
     return _shared(_neighbours(x, k), _neighbours(y, k))
 
 
@@ -66,25 +71,30 @@ class _Described(NamedTuple):
     cosines: Float64[Tensor, "t a"]
 
     @staticmethod
-    def by_random_anchors(x: Float64[Tensor, "t d"]) -> "_Described":
-        return _Described(x, described(x, random_anchors(len(x), min(ANCHORS, len(x)), seed=0)))
+    def by_random_anchors(x: Float64[Tensor, "t d"], seed: int) -> "_Described":
+        return _Described(x, described(x, random_anchors(len(x), None, seed)))
+
+
+def _relative_steps(seed: int) -> Steps:
+    return Steps(
+        lambda x: _Described.by_random_anchors(x.double(), seed),
+        lambda y, order: _Described.by_random_anchors(y.x[order], seed),
+        lambda a, b: mean_cosine(a.cosines, b.cosines),
+    )
 
 
 @declare(
     (-1.0, 1.0),
     symmetric=True,
     invariant={**UP_TO_ROTATION, "token permutation": "neither"},
-    in_steps=Steps(
-        lambda x: _Described.by_random_anchors(x.double()),
-        lambda y, order: _Described.by_random_anchors(y.x[order]),
-        lambda a, b: mean_cosine(a.cosines, b.cosines),
-    ),
+    in_steps=_relative_steps(seed=0),
+    seeded=_relative_steps,
 )
 def relative(
     x: Float[Tensor, "t d"],
     y: Float[Tensor, "u e"],
     *,
-    anchors: int | Int64[Tensor, " a"] = ANCHORS,
+    anchors: int | Int64[Tensor, " a"] | None = None,
     center: bool = True,
     seed: int = 0,
 ) -> float:
@@ -95,7 +105,8 @@ def relative(
     Args:
         x: activations of some tokens.
         y: activations of the same tokens, elsewhere.
-        anchors: how many, chosen at random; or which rows, such as those that are atoms of an ITDA.
+        anchors: how many, chosen at random (300, or all tokens where there are fewer, if not given); or which rows,
+            such as those that are atoms of an ITDA.
         center: take off the mean first. The published method does not; activations of language models share a large
             mean, and without this all cosines are much alike.
         seed: of the choice of anchors.
@@ -110,15 +121,16 @@ def relative(
         1.0
     """
     check_pair(x, y)
-    if isinstance(anchors, int):
+    if anchors is None or isinstance(anchors, int):
         anchors = random_anchors(len(x), anchors, seed)
     elif len(anchors) == 0 or not bool(((anchors >= 0) & (anchors < len(x))).all()):
         raise ValueError(f"anchors must be one or more rows from 0 to {len(x) - 1}")
     return mean_cosine(*(described(side, anchors, center) for side in (x, y)))
 
 
-def random_anchors(tokens: int, anchors: int, seed: int) -> Int64[Tensor, " a"]:
-    """Some of the tokens at random; ValueError where there are not as many."""
+def random_anchors(tokens: int, anchors: int | None, seed: int) -> Int64[Tensor, " a"]:
+    """Some of the tokens at random, `ANCHORS` where there are as many if None; ValueError where there are not."""
+    anchors = min(ANCHORS, tokens) if anchors is None else anchors
     if not 1 <= anchors <= tokens:
         raise ValueError(f"{anchors} anchors can't be chosen from {tokens} tokens: ask for 1 to {tokens}")
     return torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))[:anchors]

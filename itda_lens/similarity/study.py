@@ -1,31 +1,39 @@
 """Layer matching of models that differ by seed: every measure, from one pass over each model."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import torch
 from jaxtyping import Int64
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from itda_lens.provenance import Provenance, tokenizer_digest
 from itda_lens.similarity.calibration import Calibration, calibrate_all, calibrate_jaccard
-from itda_lens.similarity.declaration import MEASURES
+from itda_lens.similarity.declaration import MEASURES, Declaration
 from itda_lens.similarity.gathered import Gathered, MatchingConfig
 from itda_lens.similarity.jaccard import jaccard
-from itda_lens.similarity.layers import layer_similarity
 from itda_lens.similarity.linear import debiased_cka_of_moments
 from itda_lens.similarity.matching import LayerMatching, Pair
-from itda_lens.similarity.moments import PairMoments
-from itda_lens.similarity.neighbours import ANCHORS, described, mean_cosine, random_anchors
+from itda_lens.similarity.moments import LIMIT_GIB, CrossMoments, Held, PairMoments
+from itda_lens.similarity.neighbours import described, mean_cosine
 from itda_lens.similarity.svcca import svcca_of_moments
-from itda_lens.streams import Batch, HookedModel, activation_batches, canonical_hooks, load_text
+from itda_lens.streams import HookedModel, activation_batches, canonical_hooks, load_text
 from itda_lens.streams.datasets import AnyDataset
+from itda_lens.streams.hooks import hook_widths
 
 Compare: TypeAlias = Callable[[int, int], float]
 
 GRADED = "graded membership"
+
+_VARIANTS = {
+    "linear_cka, debiased": MEASURES["linear_cka"]._replace(of_moments=debiased_cka_of_moments, needs=lambda d, e: 4),
+    "svcca, 20 directions": MEASURES["svcca"]._replace(of_moments=partial(svcca_of_moments, directions=20)),
+}
+"""What the table has beside `MEASURES`."""
 
 
 def match_layers(
@@ -71,11 +79,20 @@ def match_layers(
         hooks = [f"blocks.{layer}.hook_resid_post" for layer in range(next(iter(depths.values()), 0))]
     _check(models, hooks, config)
     names = {name: canonical_hooks(model, hooks) for name, model in models.items()}
-    gathered = Gathered(len(models), hooks, config)
-    for batches in zip(*(_batches(models[name], dataset, names[name], config) for name in models), strict=True):
-        gathered.add(batches)
-        if gathered.tokens >= config.tokens:
-            break
+    widths = [width for name, model in models.items() for width in hook_widths(model, names[name]).values()]
+    gathered = Gathered(widths, hooks, config)
+    data = load_text(dataset, column=config.column)
+    context_size = min(config.context_size, *(model.cfg.n_ctx for model in models.values()))
+    streams = [
+        activation_batches(model, data, names[name], context_size=context_size, batch_size=config.batch_size)
+        for name, model in models.items()
+    ]
+    with tqdm(total=config.tokens, unit=" tokens", unit_scale=True, disable=not config.progress) as bar:
+        for batches in zip(*streams, strict=True):
+            gathered.add(batches)
+            bar.update(gathered.tokens - bar.n)
+            if gathered.tokens >= config.tokens:
+                break
     return _matching(gathered, list(models), hooks, config)
 
 
@@ -85,26 +102,33 @@ def _matching(gathered: Gathered, models: list[str], hooks: Sequence[str], confi
         notes.append(f"the stream had {gathered.tokens:,} tokens of the {config.tokens:,} asked for")
     layers = {model: range(i * len(hooks), (i + 1) * len(hooks)) for i, model in enumerate(models)}
     samples, profiles, (at_threshold, at_size) = gathered.samples(), gathered.profiles, gathered.dictionaries()
+    measures = {name: measure.with_seed(config.seed) for name, measure in MEASURES.items()}
     compare = {
-        **_by_moments(gathered),
-        **_by_sample(samples, gathered.sampled_atoms([*at_threshold, *at_size]), config),
+        **_by_moments(gathered, samples, measures | _VARIANTS, notes),
+        **_by_sample(gathered, samples, measures, notes),
+        **_by_anchors(samples, gathered.sampled_atoms([*at_threshold, *at_size])),
         **_by_dictionaries(at_threshold, at_size),
         "mean grade alone": _nearness(profiles.profiles(range(len(samples))).mean(dim=1).tolist()),
     }
-    matrices: dict[str, dict[Pair, Tensor]] = {}
-    for a, b in itertools.product(models, repeat=2):
-        rows, columns = layers[a], layers[b]
-        for name, of in compare.items():
-            matrices.setdefault(name, {})[a, b] = layer_similarity(rows, columns, of)
-        for name, less_mean in ((GRADED, True), (f"{GRADED}, mean not taken off", False)):
-            matrices.setdefault(name, {})[a, b] = profiles.similarity(rows, columns, less_mean=less_mean)
+    pairs = list(itertools.product(models, models))
+    matrices: dict[str, dict[Pair, Tensor]] = {
+        name: {pair: torch.empty(len(hooks), len(hooks), dtype=torch.float64) for pair in pairs} for name in compare
+    }
+    cells = list(itertools.product(pairs, range(len(hooks)), range(len(hooks))))
+    for (a, b), i, j in tqdm(cells, desc="comparing", unit=" pairs of layers", disable=not config.progress):
+        for name, of in compare.items():  # all of one pair of layers, since they share its moments
+            matrices[name][a, b][i, j] = of(layers[a][i], layers[b][j])
+    for name, less_mean in ((GRADED, True), (f"{GRADED}, mean not taken off", False)):
+        matrices[name] = {(a, b): profiles.similarity(layers[a], layers[b], less_mean=less_mean) for a, b in pairs}
     calibrations: dict[str, dict[Pair, Calibration]] = {}
     graded = gathered.tokens - config.beginning
     block = min(config.context_size, max(1, graded // 20))  # a short stream has at least twenty blocks, too
+    known = _possible(measures, gathered, len(samples[0]), "not calibrated", notes) if config.permutations else {}
     for pair in itertools.combinations(models, 2) if config.permutations else ():
         a, b = (layers[model] for model in pair)
         often = {"permutations": config.permutations, "seed": config.seed}
-        found = calibrate_all([samples[i] for i in a], [samples[i] for i in b], list(MEASURES), **often)
+        sides = [samples[i] for i in a], [samples[i] for i in b]
+        found = calibrate_all(*sides, list(known), draws_seed=config.seed, progress=config.progress, **often)
         for name, atoms in (("jaccard, equal threshold", at_threshold), ("jaccard, equal size", at_size)):
             sides = [atoms[i] for i in a], [atoms[i] for i in b]
             found[name] = calibrate_jaccard(*sides, gathered.tokens, draws=config.permutations, seed=config.seed)
@@ -115,31 +139,63 @@ def _matching(gathered: Gathered, models: list[str], hooks: Sequence[str], confi
     return LayerMatching(models, list(hooks), gathered.tokens, matrices, calibrations, sizes, notes)
 
 
-def _by_moments(gathered: Gathered) -> dict[str, Compare]:
-    moments = gathered.moments
-    measures: dict[str, Callable[[PairMoments], float]] = {
-        name: measure.of_moments for name, measure in MEASURES.items() if measure.of_moments is not None
-    }
-    measures["linear_cka, debiased"] = debiased_cka_of_moments
-    measures["svcca, 20 directions"] = partial(svcca_of_moments, directions=20)
-    return {name: lambda i, j, of=of: of(moments.pair(i, j)) for name, of in measures.items()}
+def _possible(
+    measures: Mapping[str, Declaration], gathered: Gathered, tokens: int, otherwise: str, notes: list[str]
+) -> dict[str, Declaration]:
+    """The measures that this many tokens suffice for; of each other one a note."""
+    possible: dict[str, Declaration] = {}
+    for name, measure in measures.items():
+        needed = max(measure.needs(d, e) for d, e in itertools.product(set(gathered.widths), repeat=2))
+        if needed <= tokens:
+            possible[name] = measure
+        else:
+            notes.append(
+                f"{name} is {otherwise}: it needs {needed:,} tokens at these widths, and has {tokens:,} "
+                f"(tokens={gathered.tokens:,}, sample={gathered.config.sample:,})"
+            )
+    return possible
 
 
-def _by_sample(samples: list[Tensor], atoms: Int64[Tensor, " a"], config: MatchingConfig) -> dict[str, Compare]:
-    steps = MEASURES["mutual_knn"].in_steps
-    assert steps is not None
-    neighbours = [steps.prepare(x) for x in samples]
-    found: dict[str, Compare] = {"mutual_knn": lambda i, j: steps.compare(neighbours[i], neighbours[j])}
-    tokens = len(samples[0])
-    anchors = {
-        "relative": random_anchors(tokens, min(ANCHORS, tokens), config.seed),
-        "relative, ITDA anchors": atoms,
-    }
-    for name, chosen in anchors.items():
-        if len(chosen):
-            sides = [described(x, chosen) for x in samples]
-            found[name] = lambda i, j, sides=sides: mean_cosine(sides[i], sides[j])
+def _by_moments(
+    gathered: Gathered, samples: list[Tensor], measures: Mapping[str, Declaration], notes: list[str]
+) -> dict[str, Compare]:
+    moments, tokens, held = gathered.moments, gathered.tokens, list[Held]()
+    if moments is None:
+        tokens, held = len(samples[0]), [Held.of(x) for x in samples]
+        notes.append(
+            f"linear measures are of the {tokens:,} sampled tokens: moments of all would take "
+            f"{CrossMoments.gib(gathered.widths):.1f} GiB, and {LIMIT_GIB} GiB is the limit. Name fewer hooks for more"
+        )
+
+    @lru_cache(maxsize=1)
+    def pair(i: int, j: int) -> PairMoments:
+        return held[i].beside(held[j]) if moments is None else moments.pair(i, j)
+
+    found: dict[str, Compare] = {}
+    linear = {name: measure for name, measure in measures.items() if measure.of_moments is not None}
+    for name, measure in _possible(linear, gathered, tokens, "left out", notes).items():
+        of: Any = measure.of_moments
+        found[name] = lambda i, j, of=of: of(pair(i, j))
     return found
+
+
+def _by_sample(
+    gathered: Gathered, samples: list[Tensor], measures: Mapping[str, Declaration], notes: list[str]
+) -> dict[str, Compare]:
+    found: dict[str, Compare] = {}
+    others = {name: measure for name, measure in measures.items() if measure.of_moments is None}
+    for name, measure in _possible(others, gathered, len(samples[0]), "left out", notes).items():
+        prepare, _, compare = measure.steps
+        sides = [prepare(x) for x in samples]
+        found[name] = lambda i, j, compare=compare, sides=sides: compare(sides[i], sides[j])
+    return found
+
+
+def _by_anchors(samples: list[Tensor], atoms: Int64[Tensor, " a"]) -> dict[str, Compare]:
+    if len(atoms) == 0:
+        return {}
+    sides = [described(x, atoms) for x in samples]
+    return {"relative, ITDA anchors": lambda i, j: mean_cosine(sides[i], sides[j])}
 
 
 def _by_dictionaries(at_threshold: list[Provenance], at_size: list[Provenance]) -> dict[str, Compare]:
@@ -171,17 +227,8 @@ def _check(models: Mapping[str, HookedModel], hooks: Sequence[str], config: Matc
         raise ValueError(
             f"tokens={config.tokens} must be above beginning={config.beginning}: only later tokens are graded"
         )
-    if not 0 < config.sample <= config.tokens:
-        raise ValueError(f"sample={config.sample} must be between 1 and tokens={config.tokens}")
-
-
-def _batches(
-    model: HookedModel, dataset: AnyDataset | str | Path, hooks: dict[str, str], config: MatchingConfig
-) -> Iterator[Batch]:
-    return activation_batches(
-        model,
-        load_text(dataset, column=config.column),
-        hooks,
-        context_size=min(config.context_size, model.cfg.n_ctx),
-        batch_size=config.batch_size,
-    )
+    if not 2 <= config.sample <= config.tokens:
+        raise ValueError(f"sample={config.sample} must be between 2 and tokens={config.tokens}")
+    for name, least in (("permutations", 0), ("context_size", 2), ("batch_size", 1)):
+        if getattr(config, name) < least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from itda_lens.similarity.declaration import UP_TO_ROTATION, check_pair, declare
-from itda_lens.similarity.linear import check_tokens, whitening
+from itda_lens.similarity.linear import check_tokens, tokens_for, whitening
 from itda_lens.similarity.moments import Moments, PairMoments
 
 VARIANCE = 0.99
@@ -14,7 +14,7 @@ _PAPER_DIRECTIONS = 20
 
 def svcca_of_moments(m: PairMoments, variance: float = VARIANCE, directions: int | None = None) -> float:
     """`svcca` from second moments."""
-    check_tokens(m)
+    check_tokens(m, max(len(m.x.covariance), len(m.y.covariance)))
     a, b = (whitening(side, directions or _directions(side, variance)) for side in (m.x, m.y))
     return float(torch.linalg.svdvals(a.T @ m.cross @ b).clamp(max=1).mean())
 
@@ -24,6 +24,7 @@ def svcca_of_moments(m: PairMoments, variance: float = VARIANCE, directions: int
     symmetric=True,
     invariant=UP_TO_ROTATION,
     of_moments=svcca_of_moments,
+    needs=tokens_for,
 )
 def svcca(
     x: Float[Tensor, "t d"],
@@ -59,7 +60,7 @@ def svcca(
     if not 0 < variance <= 1:
         raise ValueError(f"variance must be above 0 and at most 1, got {variance}")
     width = max(x.shape[1], y.shape[1])
-    check_pair(x, y, tokens=width + 2, why=f", more than the {width} dimensions")
+    check_pair(x, y, tokens=tokens_for(width), why=f", more than the {width} dimensions")
     moments = PairMoments.of(x, y)
     return _paper_svcca(moments) if paper_variant else svcca_of_moments(moments, variance, directions)
 
