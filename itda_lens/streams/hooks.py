@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from itda_lens.streams.models import HookedModel, TransformerBridge
+from itda_lens.streams.activations import activations_at
+from itda_lens.streams.models import HookedModel, is_bridge
+from itda_lens.streams.state import check_state
 
 PROBE = 3
 
@@ -61,7 +63,8 @@ def canonical_hooks(model: HookedModel, hook_names: Sequence[str]) -> dict[str, 
     `blocks.3.hook_resid_post` of a `HookedTransformer`), and for a layer's number or its name in Hugging Face's model.
 
     Raises:
-        ValueError: no name is given, one is given twice, or the model has no such hook (with the nearest names).
+        ValueError: no name is given, one is given twice, the model has no such hook (with the nearest names), or an
+            SAE is attached to it (see `check_state`).
 
     Example:
         >>> from itda_lens import embedded
@@ -70,6 +73,7 @@ def canonical_hooks(model: HookedModel, hook_names: Sequence[str]) -> dict[str, 
     """
     if not hook_names:
         raise ValueError("hook_names is empty: name at least one hook point, such as 'blocks.0.hook_resid_post'")
+    check_state(model)
     known = _known(model)
     names: dict[str, str] = {}
     for hook in hook_names:
@@ -93,7 +97,7 @@ def _expanded(model: HookedModel, hook: str) -> list[str]:
     match = _AFTER_LAYERS.fullmatch(hook) or _AT_LAYERS.fullmatch(hook)
     if match is None:
         return [hook]
-    after = "hook_out" if isinstance(model, TransformerBridge) else "hook_resid_post"
+    after = "hook_out" if is_bridge(model) else "hook_resid_post"
     rest = match.groupdict().get("rest", after)
     depth = model.cfg.n_layers
     if match["layers"] == "*":
@@ -108,7 +112,7 @@ def _expanded(model: HookedModel, hook: str) -> list[str]:
 def _known(model: HookedModel) -> dict[str, str]:
     """Every name that is understood, with the model's own name of that hook point."""
     own = {name: name for name in model.hook_dict}
-    if isinstance(model, TransformerBridge):
+    if is_bridge(model):
         aliases = {**model.hook_aliases, **model._collect_hook_aliases_from_registry()}
         choices = {alias: [name] if isinstance(name, str) else name for alias, name in aliases.items()}
     else:
@@ -135,7 +139,6 @@ def _names_on_a_bridge(cfg: Any) -> dict[str, str]:
     }
 
 
-@torch.no_grad()
 def activation_shapes(model: HookedModel, hooks: Iterable[str]) -> dict[str, torch.Size]:
     """The shape of the activations at each hook (the model's own names) for one row of `PROBE` tokens.
 
@@ -143,16 +146,14 @@ def activation_shapes(model: HookedModel, hooks: Iterable[str]) -> dict[str, tor
         ValueError: nothing passes through one of the hooks.
     """
     names = list(hooks)
-    _, cache = model.run_with_cache(
-        torch.zeros(1, PROBE, dtype=torch.int64, device=model.cfg.device), names_filter=names, prepend_bos=False
-    )
+    found = activations_at(model, torch.zeros(1, PROBE, dtype=torch.int64), names)
     for name in names:
-        if name not in cache:
+        if name not in found:
             raise ValueError(
                 f"{model.cfg.model_name} has the hook point {name!r}, but nothing passes through it: TransformerLens "
                 "leaves some off until asked (hook_mlp_in until model.set_use_hook_mlp_in(True)), and others unused"
             )
-    return {name: cache[name].shape for name in names}
+    return {name: found[name].shape for name in names}
 
 
 def hook_widths(model: HookedModel, hooks: Mapping[str, str], head_index: int | None = None) -> dict[str, int]:
@@ -176,9 +177,9 @@ def hook_widths(model: HookedModel, hooks: Mapping[str, str], head_index: int | 
                 "tokens, where [row, position, ...] is needed"
             )
         if head_index is not None and (len(rest) == 1 or not -rest[0] <= head_index < rest[0]):
+            heads = f"has {rest[0]}" if len(rest) > 1 else "has none"
             raise ValueError(
-                f"hook_head_index {head_index} does not fit {hook!r}: the hook must have heads, "
-                f"and {model.cfg.model_name} has {model.cfg.n_heads} of them"
+                f"hook_head_index {head_index} does not fit {hook!r}: the hook must have that head, and it {heads}"
             )
         widths[hook] = math.prod(rest if head_index is None else rest[1:])
     return widths
