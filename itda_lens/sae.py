@@ -188,7 +188,7 @@ class ITDA(SAE[ITDAConfig]):
         if self.device.type == "meta":
             rows = torch.empty(shape, dtype=self.dtype, device=self.device)
         else:
-            rows = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+            rows = torch.randn(shape, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
             rows = nn.functional.normalize(rows, dim=-1).to(self.device, self.dtype)
         self.W_dec = nn.Parameter(rows)
         self.b_dec = nn.Parameter(torch.zeros(self.cfg.d_in, dtype=self.dtype, device=self.device))
