@@ -19,7 +19,7 @@ def random_directions(itda: ITDA, *, seed: int = 0) -> ITDA:
         torch.Size([3, 3])
     """
     generator = torch.Generator().manual_seed(seed)
-    return _like(itda, torch.randn(itda.atoms.shape, generator=generator))
+    return _like(itda, torch.randn(itda.atoms.shape, dtype=torch.float32, generator=generator))
 
 
 def random_activations(

@@ -90,7 +90,9 @@ def calibrate_all(
         if products is not None:
             pairs = products.of(order)
             for name, of_moments in linear.items():
-                null[name].append(torch.tensor([[of_moments(pair) for pair in row] for row in pairs]).double())
+                null[name].append(
+                    torch.tensor([[of_moments(pair) for pair in row] for row in pairs], dtype=torch.float64)
+                )
         for name, sides in others.items():
             null[name].append(sides.of(order))
     return {name: against(observed[name], torch.stack(null[name]), m.range[1]) for name, m in declared.items()}
