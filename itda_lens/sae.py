@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, no_type_check
@@ -31,6 +30,7 @@ from itda_lens.pursuit import (
 ARCHITECTURE = "itda"
 PROVENANCE_KEY = "provenance"
 NOTE_KEY = "note"
+_HALF = (torch.bfloat16, torch.float16)
 # Unit float32 rows are off by less than this; rows that came through bfloat16 by far more.
 _EXACT_NORM_TOLERANCE = 1e-5
 
@@ -96,6 +96,7 @@ class ITDA(SAE[ITDAConfig]):
         super().__init__(cfg, use_error_term)
         self.provenance = None
         self._gram = GramCache()
+        self._half: torch.dtype | None = None
         self.hook_sae_acts_post = SparseHookPoint(cfg.d_sae)
         self.setup()
 
@@ -189,7 +190,7 @@ class ITDA(SAE[ITDAConfig]):
         if self.device.type == "meta":
             rows = torch.empty(shape, dtype=self.dtype, device=self.device)
         else:
-            rows = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+            rows = torch.randn(shape, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
             rows = nn.functional.normalize(rows, dim=-1).to(self.device, self.dtype)
         self.W_dec = nn.Parameter(rows)
         self.b_dec = nn.Parameter(torch.zeros(self.cfg.d_in, dtype=self.dtype, device=self.device))
@@ -222,11 +223,12 @@ class ITDA(SAE[ITDAConfig]):
     def decode(self, feature_acts: Tensor) -> Tensor:
         """The weighted sum of the atoms, plus the bias."""
         acts, atoms = feature_acts, self.W_dec
-        if acts.is_sparse and acts.dtype in (torch.bfloat16, torch.float16):
+        if acts.is_sparse and acts.dtype in _HALF:
             acts, atoms = acts.float(), atoms.float()  # torch has no sparse product in half precision
         recons = act_times_W_dec(acts, atoms, False) if acts.is_sparse else decode_dense(acts, atoms)
         recons = self.hook_sae_recons(recons.to(self.dtype) + self.b_dec * self.cfg.apply_b_dec_to_input)
-        return self.reshape_fn_out(self.run_time_activation_norm_fn_out(recons), self.d_head)
+        recons = self.run_time_activation_norm_fn_out(recons).to(self._half or recons.dtype)
+        return recons if self.d_head is None else recons.unflatten(-1, (-1, self.d_head))
 
     def crop(self, n: int) -> "ITDA":
         """An ITDA of the first `n` atoms, as the paper does to compare at a fixed size."""
@@ -327,9 +329,15 @@ class ITDA(SAE[ITDAConfig]):
         state_dict["W_dec"] = _renormalised(state_dict["W_dec"])
         self.provenance = provenance
 
+    def turn_on_forward_pass_hook_z_reshaping(self) -> None:
+        # SAELens's own joins heads at hook_z alone; here `encode` sees by itself whether activations have some.
+        self.turn_off_forward_pass_hook_z_reshaping()
+
     def _preprocess(self, x: Tensor) -> Tensor:
-        dims = 2 if self.hook_z_reshaping_mode else 1
-        width = math.prod(x.shape[-dims:]) if x.ndim >= dims else 0
+        may_have_heads = x.ndim > 3 or (x.ndim > 1 and self.cfg.reshape_activations == "hook_z")
+        split = may_have_heads and x.shape[-1] != self.cfg.d_in
+        joined = x.flatten(-2) if split else x
+        width = joined.shape[-1] if x.ndim else 0
         if width != self.cfg.d_in:
             raise ValueError(
                 f"the activations have shape {tuple(x.shape)}, hence width {width}, but this dictionary's atoms have "
@@ -342,9 +350,10 @@ class ITDA(SAE[ITDAConfig]):
                 f"{tuple(x.shape)}), as SAELens's run_with_saes and add_sae do: replace that head in run_with_hooks, "
                 f"x[:, :, {head}] = itda(x[:, :, {head}])"
             )
-        if self.hook_z_reshaping_mode:
-            self.d_head = x.shape[-1]  # SAELens notes it in the SAE that a copy was made of
-        return self.process_sae_in(x)
+        # What `decode` gives back is shaped and typed as what came in: a model takes no other.
+        self.d_head = x.shape[-1] if split else None
+        self._half = x.dtype if x.dtype in _HALF else None
+        return self.process_sae_in(joined)
 
     def _pursue(self, sae_in: Tensor) -> SparseCodes:
         return self._decompose(sae_in, self.W_dec, self.cfg.nonnegative)
@@ -458,7 +467,7 @@ def _check_state(state_dict: dict[str, Any], cfg: ITDAConfig) -> None:
 @torch.no_grad()
 def _renormalised(atoms: Tensor) -> Tensor:
     """Rows brought back to unit length where a narrower dtype had taken them off it; exact rows are not touched."""
-    if atoms.dtype in (torch.bfloat16, torch.float16):
+    if atoms.dtype in _HALF:
         return atoms
     norms = atoms.norm(dim=-1, keepdim=True)
     return torch.where((norms - 1).abs() > _EXACT_NORM_TOLERANCE, atoms / norms, atoms)

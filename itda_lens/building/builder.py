@@ -116,7 +116,7 @@ class DictionaryBuilder:
             loss=LOSSES[loss],
             dictionary=GrowingDictionary(d_in, self.device),
             sizing=Sizing.choose(threshold, n_atoms, tokens),
-            bias=torch.zeros(d_in, device=self.device),
+            bias=torch.zeros(d_in, dtype=torch.float32, device=self.device),
             floor=rounding(loss, d_in, center),
         )
         self._judge = judge_in_order

@@ -16,8 +16,8 @@ class GrowingDictionary:
 
     def __init__(self, d_in: int, device: torch.device):
         self.n = 0
-        self._atoms = torch.empty(0, d_in, device=device)
-        self._gram: Tensor | None = torch.empty(0, 0, device=device)
+        self._atoms = torch.empty(0, d_in, dtype=torch.float32, device=device)
+        self._gram: Tensor | None = torch.empty(0, 0, dtype=torch.float32, device=device)
         self._places = torch.empty(0, 3, dtype=torch.int64)
         self._admission = torch.empty(0, dtype=torch.float64)
 

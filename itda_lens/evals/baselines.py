@@ -28,7 +28,9 @@ def random_directions(itda: ITDA, *, seed: int = 0) -> ITDA:
         torch.Size([3, 3])
     """
     generator = torch.Generator().manual_seed(seed)
-    return _with_others(itda, torch.randn(itda.cfg.d_sae - _sinks(itda), itda.cfg.d_in, generator=generator))
+    return _with_others(
+        itda, torch.randn(itda.cfg.d_sae - _sinks(itda), itda.cfg.d_in, dtype=torch.float32, generator=generator)
+    )
 
 
 @overload

@@ -29,9 +29,6 @@ def decompose(itda: ITDA, x: Float[Tensor, "b d"]) -> Decomposition:
         [0.36000001430511475]
     """
     x = x.to(itda.device, itda.dtype)
-    shaped = x
-    if itda.hook_z_reshaping_mode:  # any split into heads: the ITDA joins them again
-        shaped = x[:, None]
-    codes = itda.encode_sparse(shaped).merge()
-    x_hat = itda.decode(codes.to_dense(itda.cfg.d_sae).to(itda.dtype)).reshape(x.shape)
+    codes = itda.encode_sparse(x).merge()
+    x_hat = itda.decode(codes.to_dense(itda.cfg.d_sae).to(itda.dtype))
     return Decomposition(codes, relative(x, x_hat, itda.b_dec * itda.cfg.apply_b_dec_to_input))

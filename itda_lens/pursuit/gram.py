@@ -170,4 +170,4 @@ def _say_once(n: int, size: int, limit: int) -> None:
 
 
 def _probe(d: int) -> Tensor:
-    return torch.randn(d, generator=torch.Generator().manual_seed(0))
+    return torch.randn(d, dtype=torch.float32, generator=torch.Generator().manual_seed(0))

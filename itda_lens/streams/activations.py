@@ -1,16 +1,19 @@
 """Tokens to activations: one forward pass serves every hook."""
 
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset, IterableDataset
 from jaxtyping import Bool, Float, Int64
-from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from torch import Tensor
 
 from itda_lens.streams.models import HookedModel
 from itda_lens.streams.tokens import special_token_ids, token_batches
+
+_LEVEL = -1
+"""Of our own hooks alone: TransformerLens counts its contexts from 0."""
 
 
 class Batch(NamedTuple):
@@ -63,17 +66,49 @@ def activation_batches(
         yield Batch(tokens, mask, forward(model, tokens, hooks, head_index))
 
 
-@torch.no_grad()
 def forward(
     model: HookedModel, tokens: Int64[Tensor, "b s"], hooks: Mapping[str, str], head_index: int | None = None
 ) -> dict[str, Float[Tensor, "b s d"]]:
-    """The activations at each hook, from one forward pass that stops after the last layer needed."""
-    stops = [extract_stop_at_layer_from_tlens_hook_name(name) for name in hooks.values()]
-    last = None if None in stops else max(stop for stop in stops if stop is not None)
-    _, cache = model.run_with_cache(
-        tokens.to(model.cfg.device), names_filter=list(hooks.values()), stop_at_layer=last, prepend_bos=False
-    )
-    return {hook: _flat(cache[name], head_index) for hook, name in hooks.items()}
+    """The activations at each hook, from one forward pass (see `activations_at`); heads are flattened."""
+    found = activations_at(model, tokens, list(hooks.values()))
+    return {hook: _flat(found[name], head_index) for hook, name in hooks.items()}
+
+
+class _AllFound(Exception):
+    """Ends a forward pass."""
+
+
+@torch.no_grad()
+def activations_at(model: HookedModel, tokens: Int64[Tensor, "b s"], names: Sequence[str]) -> dict[str, Tensor]:
+    """What passes through hook points, by the model's own names; what nothing passes through is left out.
+
+    The forward pass ends where the last of them is found. No token is taken for padding.
+
+    Example:
+        >>> from itda_lens import embedded
+        >>> name = "blocks.1.attn.hook_z"
+        >>> activations_at(embedded.model(), torch.zeros(2, 5, dtype=torch.int64), [name])[name].shape
+        torch.Size([2, 5, 4, 24])
+    """
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, tensor: Tensor, *, hook: Any) -> None:
+        found[name] = tensor
+        if len(found) == len(names):
+            raise _AllFound
+
+    points = {name: model.hook_dict[name] for name in names}
+    try:
+        for name, point in points.items():
+            point.add_hook(partial(keep, name), level=_LEVEL)
+        # Where the tokenizer pads on the left, a HookedTransformer would mask a leading BOS that is also PAD.
+        model(tokens.to(model.cfg.device), prepend_bos=False, padding_side="right")
+    except _AllFound:
+        pass
+    finally:
+        for point in points.values():
+            point.remove_hooks("fwd", level=_LEVEL)
+    return found
 
 
 def _flat(activations: Tensor, head_index: int | None) -> Tensor:
