@@ -7,7 +7,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from sae_lens import HookedSAETransformer
@@ -22,6 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from itda_lens.provenance import tokenizer_digest
 
 HookedModel: TypeAlias = HookedTransformer | TransformerBridge
+
+
+def is_bridge(model: object) -> TypeGuard[TransformerBridge]:
+    """Whether a model is a `TransformerBridge`, and no `HookedTransformer`."""
+    return isinstance(model, TransformerBridge)
 
 
 def load_model(name: str, *, device: str = "cpu") -> HookedSAETransformer | SAETransformerBridge:
