@@ -1,27 +1,40 @@
-"""Language models by name or folder, with hooks."""
+"""Language models by name or folder, with hooks: loaded, compared with Hugging Face's own, and told apart."""
 
 import contextlib
+import copy
 import difflib
 import io
 import itertools
+import logging
+import math
 import os
-from collections.abc import Iterator
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, TypeAlias, TypeGuard, cast
 
 import torch
 from sae_lens import HookedSAETransformer
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from sae_lens.saes.sae import SAEMetadata
+from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.loading_from_pretrained import get_official_model_name
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from itda_lens.provenance import tokenizer_digest
+from itda_lens.streams import agreement
 
 HookedModel: TypeAlias = HookedTransformer | TransformerBridge
+
+_OWN_FORMAT = ("NeelNanda/", "ArthurConmy/", "Baidicoot/")
+"""Owners of models that TransformerLens alone can read: there is no Hugging Face model to compare them with."""
+_PATH = "itda_model_path"
 
 
 def is_bridge(model: object) -> TypeGuard[TransformerBridge]:
@@ -29,42 +42,131 @@ def is_bridge(model: object) -> TypeGuard[TransformerBridge]:
     return isinstance(model, TransformerBridge)
 
 
-def load_model(name: str, *, device: str = "cpu") -> HookedSAETransformer | SAETransformerBridge:
-    """A model to which SAEs can be attached, with unprocessed weights.
+def load_model(
+    name_or_folder: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str = torch.float32,
+) -> HookedSAETransformer | SAETransformerBridge:
+    """Any causal language model of Hugging Face, as one to which SAEs can be attached, with unprocessed weights.
+
+    Its logits on a few tokens are compared with those of Hugging Face's own model. A `HookedSAETransformer` is taken
+    where it agrees, else a `SAETransformerBridge`. Long rows are compared too where the configuration treats later
+    positions in another way.
 
     Args:
-        name: a TransformerLens model name, or a local Hugging Face folder. A folder whose architecture
-            `HookedTransformer` does not know is loaded as a bridge.
+        name_or_folder: a Hugging Face folder, also a snapshot of its cache, or a name on the hub or of TransformerLens.
         device: where the weights go.
+        dtype: of the weights, such as `torch.bfloat16` or `"bfloat16"`.
 
     Raises:
-        ValueError: neither a folder with a `config.json` nor a name that TransformerLens knows.
+        ValueError: there is no such model, it is not a causal language model, it lacks weights or a tokenizer, or
+            neither kind of model computes what Hugging Face's does.
+
+    Example:
+        >>> from itda_lens import embedded
+        >>> load_model(embedded.path(0), dtype="bfloat16").cfg.n_ctx
+        128
     """
-    if (Path(name) / "config.json").is_file():
-        try:
-            return hooked_model_from_folder(name, device=device)
-        except NotImplementedError:
-            return SAETransformerBridge.boot_transformers(name, device=device)
-    if Path(name).exists() or name.startswith((".", "/", "~")):
-        raise ValueError(f"{name} is no Hugging Face model folder: it has no config.json")
-    official_name(name)
-    with _silence():
-        return HookedSAETransformer.from_pretrained_no_processing(name, device=device)
+    dtype = _dtype(dtype)
+    _check_device(device)
+    source, name = _locate(os.fspath(name_or_folder))
+    if source.startswith(_OWN_FORMAT):
+        with _quiet():
+            model = HookedSAETransformer.from_pretrained_no_processing(source, device=str(device), dtype=dtype)
+        return cast(HookedSAETransformer, model)
+    model = _verified(source, name, dtype)
+    model.cfg.model_name = name
+    model.cfg.tokenizer_name = source
+    if Path(source).is_dir():
+        vars(model)[_PATH] = source
+    with _quiet():
+        return cast(Any, model).to(device)
 
 
 def hooked_model_from_folder(
     folder: str | os.PathLike[str], *, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> HookedSAETransformer:
-    """A `HookedSAETransformer` of a local Hugging Face folder, with unprocessed weights."""
-    path = str(Path(folder))  # with a slash at its end, TransformerLens would take the model's name for empty
-    hf_model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    with listed(path), _silence():
-        model = HookedSAETransformer.from_pretrained_no_processing(
-            path, hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=dtype
-        )
-    assert isinstance(model, HookedSAETransformer)
+    """`load_model` of a local folder for which only a `HookedSAETransformer` will do.
+
+    Raises:
+        ValueError: it can't be loaded, or only as a bridge.
+    """
+    model = load_model(folder, device=device, dtype=dtype)
+    if not isinstance(model, HookedSAETransformer):
+        raise ValueError(f"{folder} can only be loaded as a bridge: use load_model")
     return model
+
+
+def load_model_of(
+    metadata: SAEMetadata, *, device: str | torch.device = "cpu", dtype: torch.dtype | str = torch.float32
+) -> HookedSAETransformer | SAETransformerBridge:
+    """The model that a dictionary was built on: from the local folder that it came from, else by its name.
+
+    Raises:
+        ValueError: the metadata name no model, or it can't be found or loaded any more.
+    """
+    path, name = metadata.model_path, metadata.model_name
+    if path and (Path(path) / "config.json").is_file():
+        return load_model(path, device=device, dtype=dtype)
+    if not name:
+        raise ValueError("the metadata of this dictionary name no model: pass the model that it was built on")
+    try:
+        return load_model(name, device=device, dtype=dtype)
+    except ValueError as e:
+        where = f", and there is no model in {path} any more" if path else ""
+        raise ValueError(f"the model {name!r} of this dictionary can't be loaded: {e}{where}. Pass the model") from e
+
+
+def model_metadata(model: HookedModel) -> dict[str, Any]:
+    """What the metadata of an SAE says of the model that it belongs to."""
+    return {
+        "model_name": model.cfg.model_name,
+        "model_class_name": type(model).__name__,
+        "model_normalization": model.cfg.normalization_type,
+        "model_path": vars(model).get(_PATH),
+        "model_fingerprint": _fingerprint(model),
+        "model_dtype": str(model.cfg.dtype).removeprefix("torch."),
+        "tokenizer_digest": tokenizer_digest(model.tokenizer),
+    }
+
+
+def check_model(metadata: SAEMetadata, model: HookedModel, what: str = "this dictionary") -> None:
+    """Raise a ValueError when an SAE belongs to another model than this one; metadata without a name pass.
+
+    Models are told apart by their logits on a few tokens, so that a fine-tune is another model, and one model stays
+    itself in another kind, dtype or processing and under another name. Metadata without these logits are compared by
+    name: owner, folder and alias count for nothing, so `gpt2-small` is `openai-community/gpt2`.
+    """
+    recorded: Any = metadata.model_fingerprint
+    own = _fingerprint(model) if recorded and metadata.model_name else None
+    if own is None:
+        check_model_name(metadata, model.cfg.model_name, what)
+        return
+    apart = agreement.difference(torch.tensor(own), torch.tensor(recorded))
+    allowed = max(
+        2e-3 if dtype in (torch.float32, torch.float64) else 2 * agreement.tolerance(dtype)
+        for dtype in (model.cfg.dtype, _dtype(str(metadata.model_dtype or "float32")))
+    )
+    if not apart <= allowed:
+        raise ValueError(
+            f"{what} belongs to the model {metadata.model_name!r}, but was given {model.cfg.model_name!r}, whose "
+            f"logits on the same tokens differ by {apart:.1%} of their spread: pass the model that it was built on, or "
+            "set metadata.model_name to None (in code or in its cfg.json) to use it with this one all the same"
+        )
+
+
+def check_model_name(metadata: SAEMetadata, given: str, what: str = "this dictionary") -> None:
+    """As `check_model`, for a model that is known by name or folder alone."""
+    named = metadata.model_name
+    if not named or not given or _plain_name(str(named)) == _plain_name(given):
+        return
+    if metadata.model_path and Path(given).expanduser().resolve() == Path(metadata.model_path):
+        return
+    raise ValueError(
+        f"{what} belongs to the model {named!r}, but was given {given!r}: pass the model that it was built on, "
+        "or, where both are names of one model, set metadata.model_name (in code or in its cfg.json)"
+    )
 
 
 @contextlib.contextmanager
@@ -92,48 +194,211 @@ def official_name(name: str) -> str:
     try:
         return get_official_model_name(name)
     except ValueError:
-        near = difflib.get_close_matches(name, [*OFFICIAL_MODEL_NAMES, *itertools.chain(*MODEL_ALIASES.values())])
         raise ValueError(
-            f"{name!r} is neither a model that TransformerLens knows nor a local Hugging Face folder."
-            + (f" Near it: {', '.join(near)}" if near else "")
+            f"{name!r} is neither a model that TransformerLens knows nor a local Hugging Face folder.{_near(name)}"
         ) from None
 
 
-def model_metadata(model: HookedModel) -> dict[str, Any]:
-    """What the metadata of an SAE says of the model that it belongs to."""
-    return {
-        "model_name": model.cfg.model_name,
-        "model_class_name": type(model).__name__,
-        "model_normalization": model.cfg.normalization_type,
-        "tokenizer_digest": tokenizer_digest(model.tokenizer),
-    }
+def _verified(source: str, name: str, dtype: torch.dtype) -> HookedSAETransformer | SAETransformerBridge:
+    """The first kind of model that computes what Hugging Face's own does."""
+    config = _configuration(source, name)
+    tokenizer = _tokenizer(source, name)
+    hf_model = _hf_model(source, name, dtype)
+    text = config.get_text_config()
+    n_ctx = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
+    probes = agreement.probes(text, n_ctx, tokenizer.bos_token_id, tokenizer.all_special_ids)
+    n_layers = text.num_hidden_layers
+    head = hf_model.get_output_embeddings()
+    expected = [agreement.run(hf_model, head, n_layers, probe) for probe in probes]
+    _check_causal(expected[0], name, dtype)
+    found: list[str] = []
+    kinds = _kinds(name)
+    if agreement.border(text, n_ctx) > agreement.LONGEST:  # too far to compare: only Hugging Face's own code is safe
+        kinds = {"TransformerBridge": _bridged}
+    for kind, make in kinds.items():
+        try:
+            model = make(hf_model, tokenizer, source, dtype, n_ctx)
+            logits = [agreement.run(model, model.unembed, n_layers, probe) for probe in probes]
+        except Exception as e:
+            found.append(f"{kind} fails ({_first_line(e)})")
+            continue
+        apart = max(map(agreement.difference, logits, expected))
+        if apart <= agreement.tolerance(dtype):
+            return model
+        found.append(f"the logits of {kind} differ by {apart:.3g} of their spread")
+    raise ValueError(
+        f"{name} can't be given hooks: {' and '.join(found)}, where {agreement.tolerance(dtype):.1g} may be rounding. "
+        "Try a newer transformer-lens or another dtype"
+    )
 
 
-def check_model(metadata: SAEMetadata, model: HookedModel, what: str = "this dictionary") -> None:
-    """Raise a ValueError when the metadata of an SAE names another model than this one; no name passes.
+def _kinds(name: str) -> dict[str, Callable[..., Any]]:
+    """The ways to give a model hooks, the preferred one first."""
+    by_configuration = {"HookedTransformer": _hooked_by_configuration, "TransformerBridge": _bridged}
+    known = name in OFFICIAL_MODEL_NAMES  # TransformerLens knows Gemma by its names alone
+    return {f"HookedTransformer as {name}": partial(_hooked, name), **by_configuration} if known else by_configuration
 
-    Owner, folder and alias of a name count for nothing: `gpt2-small` is `openai-community/gpt2`.
-    """
-    check_model_name(metadata, model.cfg.model_name, what)
+
+def _hooked(
+    known_as: str, hf_model: Any, tokenizer: Any, source: str, dtype: torch.dtype, n_ctx: int | None
+) -> HookedSAETransformer:
+    with _quiet():
+        model = HookedSAETransformer.from_pretrained_no_processing(
+            known_as,
+            hf_model=hf_model,
+            tokenizer=tokenizer,
+            device="cpu",
+            dtype=dtype,
+            n_ctx=n_ctx,
+            default_padding_side="right",
+        )
+    return cast(HookedSAETransformer, model)
 
 
-def check_model_name(metadata: SAEMetadata, given: str, what: str = "this dictionary") -> None:
-    """As `check_model`, for a model that is known by name or folder alone."""
-    named = metadata.model_name
-    if named and given and _plain_name(str(named)) != _plain_name(given):
+def _hooked_by_configuration(
+    hf_model: Any, tokenizer: Any, source: str, dtype: torch.dtype, n_ctx: int | None
+) -> HookedSAETransformer:
+    # TransformerLens takes parts of the path for the architecture, so it gets one that says nothing.
+    with tempfile.TemporaryDirectory() as folder, listed(folder):
+        config = copy.deepcopy(hf_model.config)
+        if n_ctx is not None and not hasattr(config, "n_ctx"):
+            config.n_ctx = n_ctx  # transformers 5 leaves out what TransformerLens reads
+        config.save_pretrained(folder)
+        return _hooked(folder, hf_model, tokenizer, source, dtype, n_ctx)
+
+
+def _bridged(hf_model: Any, tokenizer: Any, source: str, dtype: torch.dtype, n_ctx: int | None) -> SAETransformerBridge:
+    hf_model.set_attn_implementation("eager")  # the others give no patterns to the hooks
+    with _quiet():
+        model = SAETransformerBridge.boot_transformers(source, hf_model=hf_model, tokenizer=tokenizer, dtype=dtype)
+    if n_ctx is not None:
+        model.cfg.n_ctx = n_ctx
+    return model
+
+
+def _locate(given: str) -> tuple[str, str]:
+    """Where Hugging Face finds a model, and what it is called."""
+    path = Path(given).expanduser()
+    if (path / "config.json").is_file():
+        return str(path.resolve()), _folder_name(path.resolve())
+    if path.exists() or given.startswith((".", "/", "~")):
+        raise ValueError(f"{given} is no Hugging Face model folder: it has no config.json")
+    with contextlib.suppress(ValueError):
+        given = get_official_model_name(given)
+    return given, given
+
+
+def _configuration(source: str, name: str) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except Exception as e:
+        if Path(source).is_dir():
+            raise ValueError(f"the configuration of {name} can't be read: {_first_line(e)}") from e
         raise ValueError(
-            f"{what} belongs to the model {named!r}, but was given {given!r}: pass the model that it was built on, "
-            "or, where both are names of one model, set metadata.model_name (in code or in its cfg.json)"
+            f"{name!r} is neither a model that Hugging Face's hub gives ({_first_line(e)}) nor a local Hugging Face "
+            f"folder.{_near(name)}"
+        ) from e
+    if config.is_encoder_decoder:
+        raise ValueError(f"{name} ({config.model_type}) is an encoder-decoder: only causal language models can be used")
+    return config
+
+
+def _tokenizer(source: str, name: str) -> Any:
+    problem = ""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        # Where its files are missing, transformers makes one that knows special tokens alone.
+        if len(set(tokenizer.get_vocab()).difference(tokenizer.all_special_tokens)) > 0:
+            return tokenizer
+    except Exception as e:
+        problem = f" ({_first_line(e)})"
+    raise ValueError(
+        f"{name} has no tokenizer{problem}: put the files of its tokenizer (tokenizer.json, tokenizer_config.json) "
+        f"where its weights are, {source}"
+    )
+
+
+def _hf_model(source: str, name: str, dtype: torch.dtype) -> Any:
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        model, report = loaded
+    except Exception as e:
+        raise ValueError(f"Hugging Face can't load {name} as a causal language model: {_first_line(e)}") from e
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"the weights of {name} lack {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}, which "
+            f"{type(model).__name__} needs: it was saved as another kind of model, or not as a whole"
+        )
+    # What the folder says can be another class of the family, or nothing.
+    model.config.architectures = [type(model).__name__]
+    return model.eval()
+
+
+def _check_causal(logits: Tensor, name: str, dtype: torch.dtype) -> None:
+    if not bool(logits.isfinite().all()):
+        raise ValueError(f"the logits of {name} in {dtype} hold NaN or infinite values: load it in a wider dtype")
+    if (apart := agreement.difference(*logits[:, : logits.shape[1] // 2])) > agreement.tolerance(dtype):
+        raise ValueError(
+            f"{name} is not causal: logits change by {apart:.3g} of their spread with the tokens that follow. An atom "
+            "is a prompt up to its token, so only causal language models can be used"
         )
 
 
+@torch.no_grad()
+def _fingerprint(model: HookedModel) -> list[float] | None:
+    """Some logits, up to a constant; None where they are not finite."""
+    n = min(8, model.cfg.n_ctx)
+    spaced = [i * model.cfg.d_vocab // (n + 1) for i in range(1, n + 1)]
+    logits = model(torch.tensor([spaced], device=model.cfg.device), prepend_bos=False)[0, -1].float()
+    chosen = logits[:: max(1, len(logits) // 32)][:32]
+    values = [float(f"{value:.5g}") for value in (chosen - chosen.mean()).tolist()]
+    return values if all(map(math.isfinite, values)) else None
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype must be one of float32, bfloat16, float16 and float64, got {dtype!r}")
+    return found
+
+
+def _check_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"device {str(device)!r} can't be used here: {_first_line(e)}") from e
+
+
+def _folder_name(folder: str | Path) -> str:
+    """What the model in a folder is called: by the folder, or as on the hub in a snapshot of Hugging Face's cache."""
+    cached = re.search(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\][^/\\]+[/\\]?$", str(folder))
+    return f"{cached[1]}/{cached[2]}" if cached else Path(folder).name
+
+
 def _plain_name(name: str) -> str:
-    last = name.rstrip("/").rpartition("/")[2]
+    last = _folder_name(name).rpartition("/")[2]
     with contextlib.suppress(ValueError):
         last = get_official_model_name(last).rpartition("/")[2]
     return last.lower().removeprefix("itda-embedded-")  # the folders of the embedded models are named by seed alone
 
 
-def _silence() -> contextlib.redirect_stdout[io.StringIO]:
-    # TransformerLens prints the name of what it has loaded.
-    return contextlib.redirect_stdout(io.StringIO())
+def _near(name: str) -> str:
+    near = difflib.get_close_matches(name, [*OFFICIAL_MODEL_NAMES, *itertools.chain(*MODEL_ALIASES.values())])
+    return f" Near it: {', '.join(near)}" if near else ""
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """TransformerLens prints what it has loaded, and warns of long contexts that are the model's own."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
