@@ -71,7 +71,11 @@ def forward(
     stops = [extract_stop_at_layer_from_tlens_hook_name(name) for name in hooks.values()]
     last = None if None in stops else max(stop for stop in stops if stop is not None)
     _, cache = model.run_with_cache(
-        tokens.to(model.cfg.device), names_filter=list(hooks.values()), stop_at_layer=last, prepend_bos=False
+        tokens.to(model.cfg.device),
+        names_filter=list(hooks.values()),
+        stop_at_layer=last,
+        prepend_bos=False,
+        padding_side="right",  # from the left, HookedTransformer would mask a BOS that is the padding token, too
     )
     return {hook: _flat(cache[name], head_index) for hook, name in hooks.items()}
 
