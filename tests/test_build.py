@@ -180,8 +180,8 @@ def test_text_from_files_and_folders(tmp_path):
         assert [text.strip() for text in load_text(str(tmp_path / name))["text"]] == data["text"][:], name
     renamed = data.rename_column("text", "body")
     assert load_text(renamed, column="body")["text"][:] == data["text"][:]
-    (tmp_path / "a.csv").write_text("text\nOne.")
-    for bad, message in [("a.csv", "has the ending '.csv'"), (".", "save_to_disk")]:
+    (tmp_path / "a.pdf").write_text("One.")
+    for bad, message in [("a.pdf", "has the ending '.pdf'"), (".", "save_to_disk")]:
         with pytest.raises(ValueError, match=message):
             load_text(tmp_path / bad)
 

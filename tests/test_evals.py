@@ -122,7 +122,8 @@ def test_an_explanation_is_the_code_in_words(model, built):
         dense = torch.zeros(built.cfg.d_sae)
         for term in e.terms:
             dense[term.atom] = term.coefficient
-            assert (term.before, term.token) == built.provenance.prompt(term.atom)
+            assert (term.before, term.token) == built.provenance.shown(term.atom, model.tokenizer)
+            assert (term.before.replace("<|endoftext|>", ""), term.token) == built.provenance.prompt(term.atom)
         torch.testing.assert_close(dense, built.encode(x[e.position]).detach(), rtol=1e-4, atol=1e-4)
         left = (x[e.position] - built(x[e.position])).square().sum() / (x[e.position] - built.b_dec).square().sum()
         assert e.relative_error == pytest.approx(float(left.detach()), rel=1e-4)

@@ -1,10 +1,12 @@
 """What an activation is made of, in prompts."""
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 from itda_lens.interpret.decompose import decompose
+from itda_lens.provenance import same_tokenizer
 from itda_lens.sae import ITDA
-from itda_lens.streams import HookedModel, canonical_hooks, check_model
+from itda_lens.streams import HookedModel, canonical_hooks, check_model, tokenize
 from itda_lens.streams.activations import forward
 
 
@@ -14,7 +16,7 @@ class Term(NamedTuple):
     coefficient: float
     atom: int
     before: str
-    """The atom's prompt up to its token."""
+    """The atom's prompt up to its token, with special tokens, but for a BOS that it begins with."""
     token: str
     """The atom's token."""
 
@@ -37,7 +39,7 @@ def explain(
     Args:
         itda: a dictionary with provenance.
         model: the model that it belongs to.
-        prompt: any text; BOS is prepended as the dictionary's metadata says.
+        prompt: any text, a rendered chat template too; BOS comes first once, unless the metadata says no.
         positions: which tokens of the prompt, counted with BOS; negative from the end; the last one if not given.
         n_terms: how many atoms to name for each; all of them if not given.
 
@@ -61,7 +63,7 @@ def explain(
         raise ValueError("the metadata of this dictionary lacks hook_name: set itda.cfg.metadata.hook_name")
     check_model(metadata, model)
     hooks = canonical_hooks(model, [metadata.hook_name])
-    tokens = model.to_tokens(prompt, prepend_bos=bool(metadata.prepend_bos), truncate=False)
+    tokens = tokenize(model, prompt, prepend_bos=metadata.prepend_bos is not False)[None]
     length = tokens.shape[1]
     if not prompt or length > model.cfg.n_ctx:
         raise ValueError(f"the prompt has {length} tokens, and {metadata.model_name} takes 1 to {model.cfg.n_ctx}")
@@ -71,11 +73,14 @@ def explain(
             raise ValueError(f"position {place} is not among the {length} tokens of the prompt")
     x = forward(model, tokens, hooks, metadata.hook_head_index)[metadata.hook_name][0][places]
     codes, error = decompose(itda, x)
+    prompt_of = itda.provenance.prompt
+    if itda.provenance.sequences and same_tokenizer(itda.provenance, model.tokenizer):
+        prompt_of = partial(itda.provenance.shown, tokenizer=cast(Any, model.tokenizer))
     explanations = []
     for i, place in enumerate(places):
         order = codes.values[i].abs().argsort(descending=True)[:n_terms].tolist()
         terms = [
-            Term(float(codes.values[i, j]), atom, *itda.provenance.prompt(atom))
+            Term(float(codes.values[i, j]), atom, *prompt_of(atom))
             for j in order
             if codes.values[i, j] != 0 and (atom := int(codes.indices[i, j])) >= 0
         ]

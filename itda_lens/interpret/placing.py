@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from itda_lens.provenance import Provenance, tokenizer_digest
-from itda_lens.streams import HookedModel
+from itda_lens.provenance import Provenance, same_tokenizer
+from itda_lens.streams import HookedModel, tokenize
 
 BORDER, CONTEXT, DEGENERATE = "border", "context", "degenerate"
 
@@ -29,7 +29,8 @@ class Placed(NamedTuple):
 def place(prompts: Provenance, model: HookedModel, *, prepend_bos: bool = True) -> Placed:
     """Find prompts in the tokens of a model.
 
-    Where the tokenizer is the same, token sequences stay as they are. Otherwise the text of each row is tokenised
+    Where the tokenizer is the same (or only one of the two has tokens more, and the prompts none of these), token
+    sequences stay as they are. Otherwise the text of each row is tokenised
     anew, and a prompt is placed where a token ends exactly where its text ends. (Its text leaves special tokens
     out, so rows of several documents, joined by BOS, are one text then: build with `pack=False` for that.)
 
@@ -44,8 +45,8 @@ def place(prompts: Provenance, model: HookedModel, *, prepend_bos: bool = True) 
     Example:
         >>> from itda_lens import embedded
         >>> model = embedded.model()
-        >>> rows, digest = {0: torch.tensor([0, 5, 6, 7])}, tokenizer_digest(model.tokenizer)
-        >>> prompts = Provenance(torch.tensor([0]), torch.tensor([2]), rows, (), digest)
+        >>> prompts = Provenance(torch.tensor([0]), torch.tensor([2]), {0: torch.tensor([0, 5, 6, 7])})
+        >>> prompts = prompts.of_tokenizer(model.tokenizer)
         >>> place(prompts, model).provenance.tokens(0)
         [0, 5, 6]
     """
@@ -53,9 +54,8 @@ def place(prompts: Provenance, model: HookedModel, *, prepend_bos: bool = True) 
         raise ValueError(
             "these atoms have neither tokens nor text, so no model can read them: build the dictionary with tokens"
         )
-    digest, own = tokenizer_digest(model.tokenizer), prompts.tokenizer_digest
     n_ctx: int = model.cfg.n_ctx
-    if prompts.sequences and own in (None, digest):
+    if prompts.sequences and same_tokenizer(prompts, model.tokenizer):
         _check_vocabulary(prompts, model)
         position, sequences = prompts.position, dict(prompts.sequences)
     else:
@@ -72,8 +72,8 @@ def place(prompts: Provenance, model: HookedModel, *, prepend_bos: bool = True) 
             f"where no token of it does, and {len(dropped[CONTEXT])} are longer than its {n_ctx} positions"
         )
     texts = tuple(prompts.prompts[i] for i in source.tolist()) if prompts.prompts else ()
-    placed = Provenance(prompts.row[source], position[source], sequences, texts, digest)
-    return Placed(placed.select(range(len(source))), source, dropped)  # select cuts each row after its last prompt
+    placed = Provenance(prompts.row[source], position[source], sequences, texts).select(range(len(source)))
+    return Placed(placed.of_tokenizer(model.tokenizer), source, dropped)  # select cuts each row after its last prompt
 
 
 def _tokenise_anew(
@@ -97,7 +97,7 @@ def _tokenise_anew(
     position, sequences = torch.full((len(prompts),), -1), {}
     for row, members in by_row.items():
         longest = max((prompts.text(i) for i in members), key=len)
-        ids = model.to_tokens(longest, prepend_bos=prepend_bos, truncate=False, move_to_device=False)[0].cpu()
+        ids = tokenize(model, longest, prepend_bos=prepend_bos)
         sequences[row], listed = ids, ids.tolist()
         for i in members:
             text, token = prompts.text(i), prompts.prompt(i)[1]

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from itda_lens.provenance import Provenance, tokenizer_digest
+from itda_lens.provenance import Provenance
 from itda_lens.streams import HookedModel, load_text, special_token_ids, token_batches
 from itda_lens.streams.activations import forward
 from itda_lens.streams.datasets import AnyDataset
@@ -132,4 +132,4 @@ def probe(
     if text:
         tokenizer: Any = model.tokenizer
         return Provenance.from_tokens(*where, sequences, tokenizer).select(range(found))
-    return Provenance(*where, sequences, (), tokenizer_digest(model.tokenizer)).select(range(found))
+    return Provenance(*where, sequences).select(range(found)).of_tokenizer(model.tokenizer)

@@ -1,12 +1,12 @@
 """Comparing dictionaries by the prompts that their atoms are."""
 
 import warnings
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from typing import TypeAlias
 
 import numpy as np
 
-from itda_lens.provenance import IdentityKind, Provenance
+from itda_lens.provenance import IdentityKind, Provenance, same_tokenizer, shared_kind
 from itda_lens.sae import ITDA
 
 Dictionary: TypeAlias = ITDA | Provenance
@@ -23,7 +23,8 @@ def jaccard(a: Dictionary, b: Dictionary, *, kind: IdentityKind | None = None) -
     Args:
         a: an ITDA with provenance, or a provenance alone.
         b: another one.
-        kind: what makes two atoms the same (see `Provenance.identities`): the strongest that both have, if not given.
+        kind: what makes two atoms the same (see `Provenance.identities`); if not given, their token ids under one
+            tokenizer (so that special tokens count), else their text, else their positions.
 
     Raises:
         ValueError: a dictionary has no provenance, or lacks this kind; token ids are of different tokenizers, and
@@ -43,7 +44,7 @@ def jaccard(a: Dictionary, b: Dictionary, *, kind: IdentityKind | None = None) -
 
 
 def identity_sets(provenances: Sequence[Provenance], kind: IdentityKind | None = None) -> list[frozenset[Hashable]]:
-    """The identities of the atoms of each, of the strongest kind that all have if none is given."""
+    """The identities of the atoms of each, of the kind that `shared_kind` names if none is given."""
     kind = kind or shared_kind(provenances)
     return [provenance.identity_set(kind) for provenance in provenances]
 
@@ -52,20 +53,6 @@ def jaccard_index(a: frozenset[Hashable], b: frozenset[Hashable]) -> float:
     """The Jaccard index of two sets, not both empty."""
     both = len(a & b)
     return both / (len(a) + len(b) - both)
-
-
-def shared_kind(provenances: Sequence[Provenance]) -> IdentityKind:
-    """The strongest kind of identity that all have; ValueError where that is ids of different tokenizers."""
-    shared: Iterator[IdentityKind] = (
-        kind for kind in provenances[0].kinds if all(kind in other.kinds for other in provenances)
-    )
-    kind = next(shared)
-    if kind == "tokens" and len({provenance.tokenizer_digest for provenance in provenances}) > 1:
-        raise ValueError(
-            "the dictionaries hold token ids of different tokenizers, and not all of them texts: build them with their "
-            "tokenizers, so that atoms compare by text"
-        )
-    return kind
 
 
 def provenance_of(dictionary: Dictionary) -> Provenance:
@@ -79,7 +66,7 @@ def provenance_of(dictionary: Dictionary) -> Provenance:
 
 def check_streams(a: Provenance, b: Provenance, any_shared: bool) -> None:
     """Compare the beginnings of rows that both have atoms of; warn where some differ, and raise where all do."""
-    by_tokens = bool(a.sequences and b.sequences) and a.tokenizer_digest == b.tokenizer_digest
+    by_tokens = bool(a.sequences and b.sequences) and same_tokenizer(a, b)
     if not by_tokens and not (a.prompts and b.prompts):
         return
     rows = np.intersect1d(a.row.numpy(), b.row.numpy())
