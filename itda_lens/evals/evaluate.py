@@ -121,7 +121,7 @@ class _Layout(NamedTuple):
         metadata: Any = sae.cfg.metadata
         return _Layout(
             metadata.context_size,
-            metadata.prepend_bos,
+            metadata.prepend_bos is not False,
             metadata.pack is not False,
             tuple(metadata.seqpos_slice or (None,)),
         )
@@ -293,7 +293,7 @@ def _places(saes: Mapping[str, SAE[Any]], model: HookedModel) -> dict[str, _Plac
     places: dict[str, _Place] = {}
     for name, sae in saes.items():
         metadata: Any = sae.cfg.metadata
-        missing = [key for key in ("hook_name", "context_size", "prepend_bos") if metadata[key] is None]
+        missing = [key for key in ("hook_name", "context_size") if metadata[key] is None]
         if missing:
             raise ValueError(f"the metadata of {name!r} lacks {', '.join(missing)}: set sae.cfg.metadata.{missing[0]}")
         check_model(metadata, model, repr(name))
