@@ -276,16 +276,14 @@ def _with(model: HookedModel, tokens: Tensor, place: _Place, new: Tensor) -> Ten
 def _reconstructed(sae: SAE[Any], x: Tensor) -> tuple[Tensor, Tensor]:
     """What an SAE gives for activations `[b, s, d]`, and its latents on the way, dense."""
     found: list[Tensor] = []
+    given = x[:, :, None] if sae.hook_z_reshaping_mode else x  # heads are flattened already: as if there were one
+    given = given.to(sae.device)
     watch = sae.hook_sae_acts_post.register_forward_hook(lambda module, args, latents: found.append(latents))
-    reshaped = sae.hook_z_reshaping_mode
-    sae.turn_off_forward_pass_hook_z_reshaping()  # heads are flattened already
     try:
-        x_hat = sae(x.to(sae.device)).to(x.device, x.dtype)
-        latents = found[0] if found else sae.encode(x.to(sae.device))  # SAELens's own matching pursuit fires no hook
+        x_hat = sae(given).reshape(x.shape).to(x.device, x.dtype)
     finally:
         watch.remove()
-        if reshaped:
-            sae.turn_on_forward_pass_hook_z_reshaping()
+    latents = found[0] if found else sae.encode(given)  # SAELens's own matching pursuit fires no hook
     return x_hat, latents.to_dense() if latents.is_sparse else latents
 
 
