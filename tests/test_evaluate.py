@@ -294,12 +294,13 @@ def test_progress_is_shown_unless_it_is_turned_off(model, itdas, data, progress)
     assert ("8/8" in printed.getvalue()) == progress
 
 
-def test_the_saes_are_left_as_they_were(model, itdas, data):
-    sae = topk(itdas[Z], reshape_activations="hook_z")
-    evals.evaluate({"itda": itdas[Z], "topk": sae}, model, data, **SMALL)
-    for each in (itdas[Z], sae):
-        assert each.hook_z_reshaping_mode
-        assert not each.hook_sae_acts_post._forward_hooks
+@torch.no_grad()
+def test_the_saes_are_left_as_they_were(model, itdas, data, rows):
+    for sae in (itdas[Z].with_k(8), topk(itdas[Z], reshape_activations="hook_z")):
+        evals.evaluate(sae, model, data, **SMALL)
+        x = model.run_with_cache(rows, names_filter=[Z])[1][Z]
+        assert sae(x).shape == x.shape
+        assert not sae.hook_sae_acts_post._forward_hooks
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,8 @@ from itda_lens.streams.models import TransformerBridge
 # Numbers in the widest tensor of a forward pass (128 MB in float32), of which two are held at once.
 _WIDEST = {"cpu": 2**25, "cuda": 2**28}
 
+_RESHAPING = ("reshape_fn_in", "reshape_fn_out", "d_head", "hook_z_reshaping_mode")
+
 
 def evaluate(
     saes: SAE[Any] | Mapping[str, SAE[Any]],
@@ -276,14 +278,16 @@ def _with(model: HookedModel, tokens: Tensor, place: _Place, new: Tensor) -> Ten
 def _reconstructed(sae: SAE[Any], x: Tensor) -> tuple[Tensor, Tensor]:
     """What an SAE gives for activations `[b, s, d]`, and its latents on the way, dense."""
     found: list[Tensor] = []
-    given = x[:, :, None] if sae.hook_z_reshaping_mode else x  # heads are flattened already: as if there were one
-    given = given.to(sae.device)
     watch = sae.hook_sae_acts_post.register_forward_hook(lambda module, args, latents: found.append(latents))
+    reshaping = {name: getattr(sae, name, None) for name in _RESHAPING}
+    sae.turn_off_forward_pass_hook_z_reshaping()  # heads are flattened already
     try:
-        x_hat = sae(given).reshape(x.shape).to(x.device, x.dtype)
+        x_hat = sae(x.to(sae.device)).to(x.device, x.dtype)
+        latents = found[0] if found else sae.encode(x.to(sae.device))  # SAELens's own matching pursuit fires no hook
     finally:
         watch.remove()
-    latents = found[0] if found else sae.encode(given)  # SAELens's own matching pursuit fires no hook
+        for name, value in reshaping.items():  # its own way back refuses a hook of another name
+            setattr(sae, name, value)
     return x_hat, latents.to_dense() if latents.is_sparse else latents
 
 
