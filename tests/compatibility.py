@@ -78,9 +78,9 @@ SURFACES = [
     Surface(
         "SAELens: `run_evals`",
         r"test_hooked_models::test_evals|test_saelens::test_26_|test_evals::|test_hook_points::test_evals|"
-        r"test_hook_points::test_heads",
+        r"test_evaluate::",
         "on a `TransformerBridge` with the bridge's own hook names and not for attention heads, which SAELens's evals "
-        "can't follow for any SAE; `evals.evaluate` says so",
+        "can't follow for any SAE; `evals.evaluate` gives the same figures there, too",
     ),
     Surface(
         "SAELens: hub, `SAE.from_pretrained`, `upload`",
