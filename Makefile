@@ -4,10 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 # For SAEBench, which needs older versions of numpy and datasets, and sae-dashboard, which says that it needs older still.
 TOOLS := .venv-tools
+# The oldest versions that pyproject.toml allows.
+LOWEST := .venv-lowest
 # Two threads that fight for a core are slower than one: the tests are many small computations.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test test-tools bench compatibility lint types format clean
+.PHONY: quickstart test test-tools test-lowest bench compatibility lint types format clean
 
 quickstart: $(VENV)/installed
 	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/itda-lens quickstart
@@ -18,6 +20,10 @@ test: lint types
 
 test-tools: $(TOOLS)/installed
 	$(TEST_ENV) $(TOOLS)/bin/python -m pytest tests/test_saebench.py tests/test_dashboard.py
+
+test-lowest: $(LOWEST)/installed
+	$(TEST_ENV) $(LOWEST)/bin/python -m pytest \
+		tests/test_saelens.py tests/test_hooked_models.py tests/test_evals.py tests/test_build.py tests/test_similarity.py
 
 # Speed and memory, as ratios of things timed in turn: about a quarter of an hour. Figures and plots go to benchmarks/results.
 bench: $(VENV)/installed
@@ -60,5 +66,13 @@ $(TOOLS)/installed: pyproject.toml constraints-saebench.txt
 	$(TOOLS)/bin/python -m pip install --quiet --no-deps sae-dashboard==0.8.0
 	touch $@
 
+$(LOWEST)/installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --upgrade pip
+	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt torch
+	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable . \
+		beartype hypothesis pytest scikit-learn scipy
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(TOOLS) .pytest_cache .ruff_cache .hypothesis itda-quickstart
+	rm -rf $(VENV) $(TOOLS) $(LOWEST) .pytest_cache .ruff_cache .hypothesis itda-quickstart

@@ -10,10 +10,12 @@ import pytest
 import scipy.stats
 import torch
 from datasets import Dataset
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from itda_lens import BuildConfig, Provenance, build, cli, embedded
 from itda_lens.similarity import (
     MEASURES,
+    Declaration,
     LayerMatching,
     MatchingConfig,
     MembershipProfiles,
@@ -26,8 +28,18 @@ from itda_lens.similarity import (
     model_similarity,
     mutual_knn,
     plot_convergence,
+    relative,
 )
-from itda_lens.streams import activation_batches, canonical_hooks, load_model, load_text
+from itda_lens.similarity.declaration import Steps
+from itda_lens.similarity.gathered import Gathered
+from itda_lens.streams import (
+    HookedModel,
+    activation_batches,
+    canonical_hooks,
+    hooked_model_from_folder,
+    load_model,
+    load_text,
+)
 
 matplotlib.use("Agg")
 HOOKS = ["blocks.0.hook_resid_post", "blocks.3.hook_resid_post", "blocks.5.hook_resid_post"]
@@ -134,14 +146,123 @@ def test_a_short_stream_is_noted(models):
     assert "tokens of the 1,000,000 asked for" in notes[0]
 
 
+QUICK = MatchingConfig(
+    tokens=1000, sample=200, n_atoms=60, dictionaries=2, small_atoms=30, beginning=200, permutations=3, seed=5
+)
+PAIR = ("seed 0", "seed 1")
+
+
+@pytest.fixture(scope="module")
+def quick(models, activations) -> tuple[LayerMatching, list[list[torch.Tensor]]]:
+    """With measures of all three kinds that were declared a moment ago; and the sampled activations by model."""
+    new = {
+        "by tokens": declared(lambda x, y: float(torch.corrcoef(torch.stack([x.norm(dim=1), y.norm(dim=1)]))[0, 1])),
+        "by moments": declared(
+            lambda x, y: nearness(x.double().var(0).sum(), y.double().var(0).sum()),
+            of_moments=lambda m: nearness(m.x.covariance.trace(), m.y.covariance.trace()),
+        ),
+        "in steps": declared(
+            lambda x, y: float((x.norm(dim=1) * y.norm(dim=1)).mean()),
+            in_steps=Steps(lambda x: x.norm(dim=1), lambda y, order: y[order], lambda a, b: float((a * b).mean())),
+        ),
+        "too much": declared(lambda x, y: 0.0, needs=lambda d, e: 10**6),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, measure in new.items():
+            patch.setitem(MEASURES, name, measure)
+        found = match_layers(models, embedded.dataset("heldout"), HOOKS, QUICK)
+    sampled = torch.randperm(1000, generator=torch.Generator().manual_seed(5))[:200].sort().values
+    return found, [[x[sampled] for x in layers] for layers in activations.values()]
+
+
+def declared(compare, of_moments=None, in_steps=None, **more) -> Declaration:
+    return Declaration(compare, (0.0, 1.0), True, {}, of_moments, in_steps, **more)
+
+
+def nearness(a, b) -> float:
+    return float(-(a / b).log().abs())
+
+
+def test_every_measure_that_is_declared_is_in_the_table_and_calibrated(quick):
+    found, (a, b) = quick
+    assert {"by tokens", "by moments", "in steps", *MEASURES} <= set(found.table()["effect"].dropna().index)
+    products = [[float((x.norm(dim=1) * y.norm(dim=1)).mean()) for y in b] for x in a]
+    assert found.matrices["in steps"][PAIR].numpy() == pytest.approx(np.array(products))
+    for name in ("by tokens", "in steps"):
+        assert found.calibrations[name][PAIR].similarity.numpy() == pytest.approx(found.matrices[name][PAIR].numpy())
+    assert found.table().loc["by moments", "with_self"] > found.table().loc["by moments", "accuracy"] - 1e-9
+    assert "too much" not in found.matrices
+    assert "too much is left out: it needs 1,000,000 tokens at these widths, and has 200" in " ".join(found.notes)
+
+
+def test_the_table_and_the_calibration_have_the_same_anchors_from_the_seed(quick):
+    found, (a, b) = quick
+    expected = [[relative(x, y, seed=5) for y in b] for x in a]
+    assert found.matrices["relative"][PAIR].numpy() == pytest.approx(np.array(expected), abs=1e-6)
+    assert found.calibrations["relative"][PAIR].similarity.numpy() == pytest.approx(np.array(expected), abs=1e-6)
+
+
+def wide(folder: Path, seed: int, width: int) -> HookedModel:
+    """A model from random weights, with the embedded tokenizer."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        n_layer=2, n_embd=width, n_head=2, n_inner=32, n_positions=64, n_ctx=64, vocab_size=2048, bos_token_id=0
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(embedded.path(0)).save_pretrained(folder)
+    return hooked_model_from_folder(folder)
+
+
+def test_models_that_are_wider_than_the_sample_get_a_table(tmp_path, capsys):
+    models = {f"seed {seed}": wide(tmp_path / f"run{seed}", seed, 160) for seed in (0, 1)}
+    sizes = {"n_atoms": 50, "dictionaries": 2, "small_atoms": 20, "beginning": 60, "permutations": 2}
+    found = match_layers(models, embedded.dataset("heldout"), None, MatchingConfig(tokens=400, sample=150, **sizes))
+    effects = found.table()["effect"]
+    assert effects[["svcca", "linear_regression_r2"]].isna().all()
+    assert effects[["linear_cka", "procrustes", "mutual_knn", "relative"]].notna().all()
+    assert list(found.notes) == [
+        f"{name} is not calibrated: it needs 162 tokens at these widths, and has 150 (tokens=400, sample=150)"
+        for name in ("linear_regression_r2", "svcca")
+    ]
+    bars = capsys.readouterr().err
+    assert "400/400" in bars
+    assert all(f"{what}: 100%" in bars for what in ("comparing", "calibrating"))
+
+    few = MatchingConfig(tokens=150, sample=150, progress=False, **sizes)
+    found = match_layers(models, embedded.dataset("heldout"), None, few)
+    assert {"svcca", "svcca, 20 directions", "linear_regression_r2"}.isdisjoint(found.matrices)
+    assert {"linear_cka", "linear_cka, debiased", "graded membership"} <= set(found.matrices)
+    assert [note for note in found.notes if note.startswith("svcca, 20 directions is left out: it needs 162 tokens")]
+    assert capsys.readouterr().err == ""
+
+
+def test_where_moments_would_not_fit_linear_measures_are_of_the_sample(models, activations, monkeypatch):
+    assert Gathered([4096] * 8, HOOKS, QUICK).moments is None
+    monkeypatch.setattr("itda_lens.similarity.gathered.LIMIT_GIB", 1e-3)
+    config = MatchingConfig(**{**vars(QUICK), "permutations": 0, "seed": 0})
+    found = match_layers(models, embedded.dataset("heldout"), HOOKS, config)
+    sampled = torch.randperm(1000, generator=torch.Generator().manual_seed(0))[:200].sort().values
+    a, b = ([x[sampled] for x in layers] for layers in activations.values())
+    for name in ("linear_cka", "procrustes", "svcca", "linear_regression_r2"):
+        expected = [[MEASURES[name].compare(x, y) for y in b] for x in a]
+        assert found.matrices[name][PAIR].numpy() == pytest.approx(np.array(expected), abs=1e-4)
+    assert "linear measures are of the 200 sampled tokens" in found.notes[0]
+
+
 @pytest.mark.parametrize(
     ("changes", "hooks", "message"),
     [
         ({"tokens": 400}, HOOKS, "tokens=400 must be above beginning=500"),
         ({"sample": 4000}, HOOKS, "sample=4000"),
+        ({"sample": 1}, HOOKS, "sample=1 must be between 2 and"),
+        ({"permutations": -1}, HOOKS, "permutations must be at least 0, got -1"),
+        ({"context_size": 1}, HOOKS, "context_size must be at least 2, got 1"),
+        ({"batch_size": 0}, HOOKS, "batch_size must be at least 1, got 0"),
+        ({"k": 300}, HOOKS, "k is 300, but a dictionary has 60 atoms"),
         ({"beginning": 100}, HOOKS, "3 dictionaries of 60 prompts can't be drawn from 100 tokens"),
         ({}, HOOKS[:1], "a single layer can only match itself"),
         ({}, ["blocks.9.hook_resid_post", *HOOKS], "no hook point"),
+        ({}, ["blocks.0.attn.hook_pattern", *HOOKS], "no vector for each token"),
     ],
 )
 def test_bad_input_is_refused(models, changes, hooks, message):

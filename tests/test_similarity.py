@@ -244,8 +244,22 @@ def test_too_few_tokens_for_a_fit_are_refused():
     moments.update([x, y])
     with pytest.raises(ValueError, match="8 tokens for 9 dimensions"):
         MEASURES["linear_regression_r2"].of_moments(moments.pair(1, 0))
+    for pair in (moments.pair(0, 1), moments.pair(1, 0)):
+        with pytest.raises(ValueError, match="8 tokens for 9 dimensions"):
+            MEASURES["svcca"].of_moments(pair)
     with pytest.raises(ValueError, match="GiB is the limit"):
         CrossMoments([4096] * 10)
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_measures_need_as_many_tokens_as_they_declare(name):
+    measure = MEASURES[name]
+    for widths in ((6, 14), (14, 6)):
+        needed = measure.needs(*widths)
+        x, y = correlated(needed, widths)
+        assert measure.range[0] <= measure.compare(x, y) <= measure.range[1]
+        with pytest.raises(ValueError, match=f"{needed - 1} tokens, and {needed} are needed"):
+            measure.compare(x[1:], y[1:])
 
 
 @pytest.mark.parametrize(

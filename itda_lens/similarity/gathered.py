@@ -22,7 +22,7 @@ class MatchingConfig:
     tokens: int = 100_000
     """How many tokens of the stream are used."""
     sample: int = 4096
-    """A fixed sample of them, for neighbours, anchors and permutations."""
+    """A fixed sample of them, for neighbours, anchors and permutations: better several times the model's width."""
     n_atoms: int = 1000
     """The size of dictionaries that are compared at equal size."""
     threshold: float = 0.2

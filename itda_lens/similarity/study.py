@@ -53,6 +53,10 @@ def match_layers(
       equal size it is a draw, and scores `1 / layers`.
     - `graded membership`: see `MembershipProfiles`; and its control `mean grade alone`.
 
+    A measure that needs more tokens than there are at these widths (`svcca` and `linear_regression_r2`: more than
+    dimensions) is left out of the table, or of the calibration, which is on the sample. Where second moments of all
+    tokens would not fit, linear measures are of the sample. The result's `notes` say so.
+
     Args:
         models: two or more, by name, with one tokenizer and the same number of layers.
         dataset: as for `build`.
