@@ -93,7 +93,7 @@ def activations_at(model: HookedModel, tokens: Int64[Tensor, "b s"], names: Sequ
     found: dict[str, Tensor] = {}
 
     def keep(name: str, tensor: Tensor, *, hook: Any) -> None:
-        found[name] = tensor
+        found[name] = tensor.clone()  # some models go on to change it in place
         if len(found) == len(names):
             raise _AllFound
 

@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from itda_lens.provenance import tokenizer_digest
 from itda_lens.streams import agreement
+from itda_lens.streams.processing import check_processing, normalization_type
 
 HookedModel: TypeAlias = HookedTransformer | TransformerBridge
 
@@ -123,7 +124,7 @@ def model_metadata(model: HookedModel) -> dict[str, Any]:
     return {
         "model_name": model.cfg.model_name,
         "model_class_name": type(model).__name__,
-        "model_normalization": model.cfg.normalization_type,
+        "model_normalization": normalization_type(model),
         "model_path": vars(model).get(_PATH),
         "model_fingerprint": _fingerprint(model),
         "model_dtype": str(model.cfg.dtype).removeprefix("torch."),
@@ -138,6 +139,7 @@ def check_model(metadata: SAEMetadata, model: HookedModel, what: str = "this dic
     itself in another kind, dtype or processing and under another name. Metadata without these logits are compared by
     name: owner, folder and alias count for nothing, so `gpt2-small` is `openai-community/gpt2`.
     """
+    check_processing(metadata, model, what)
     recorded: Any = metadata.model_fingerprint
     own = _fingerprint(model) if recorded and metadata.model_name else None
     if own is None:

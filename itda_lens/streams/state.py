@@ -2,7 +2,7 @@
 
 import warnings
 
-from itda_lens.streams.models import HookedModel, is_bridge
+from itda_lens.streams.models import HookedModel, TransformerBridge, is_bridge
 
 
 def check_state(model: HookedModel) -> None:
@@ -26,14 +26,24 @@ def check_state(model: HookedModel) -> None:
             f"an SAE is attached at {', '.join(attached)} of {model.cfg.model_name}, so that its activations would be "
             "reconstructions: call model.reset_saes(), or leave the `with model.saes(...)` block"
         )
-    points = model.hook_dict
     if is_bridge(model):
-        for name, point in points.items():
-            if "." in name and "." not in (point.name or ""):
-                point.name = name  # SAELens puts a point without its path where an SAE was, and no hook finds it
-    if hooked := [name for name, point in points.items() if point.fwd_hooks]:
+        _mend(model)
+    if hooked := [name for name, point in model.hook_dict.items() if point.fwd_hooks]:
         warnings.warn(
             f"{model.cfg.model_name} has forward hooks at {', '.join(hooked)}: its activations are those that these "
             "hooks leave. model.reset_hooks(including_permanent=True) removes them",
             stacklevel=3,
         )
+
+
+def _mend(bridge: TransformerBridge) -> None:
+    # Where an SAE was, SAELens leaves a hook point that no hook finds by its name, and that does not split heads.
+    for name, point in bridge.hook_dict.items():
+        if "." in name and "." not in (point.name or ""):
+            point.name = name
+            block, attention, _ = name.partition(".attn.")
+            setup = (
+                getattr(bridge.get_submodule(f"{block}.attn"), "_setup_qkv_hook_reshaping", None) if attention else None
+            )
+            if setup is not None:
+                setup()
