@@ -22,7 +22,7 @@ import torch
 from sae_lens import SAE
 
 from itda_lens.sae import ITDA
-from itda_lens.streams.models import check_model_name, listed, official_name
+from itda_lens.streams.models import check_model, check_model_name, is_bridge, listed, load_model, official_name
 
 
 @dataclass(frozen=True)
@@ -116,13 +116,14 @@ def saebench(
 
     Raises:
         ImportError: SAEBench is not installed.
-        ValueError: an eval, setting or model that is not known, a model that an SAE was not built on, or metadata or a
-            key that is missing; before any work.
+        ValueError: an eval, setting or model that is not known, a model that an SAE was not built on or that a
+            `HookedTransformer` does not compute right, or metadata or a key that is missing; before any work.
         RuntimeError: an eval has ended without a result.
     """
     named = saes if isinstance(saes, Mapping) else {saes.cfg.architecture(): saes}
     settings = settings or {}
     _check(named, evals, model, seeds, settings)
+    _check_models(named, model, dtype)
     rows = []
     with contextlib.ExitStack() as stack:
         workplace = Path(artifacts or stack.enter_context(tempfile.TemporaryDirectory())).resolve()
@@ -236,6 +237,21 @@ def _check(
             f"{name} does not rank SAEs reliably and should not be used (arXiv 2605.18229): look at sae_probes",
             stacklevel=3,
         )
+
+
+def _check_models(named: Mapping[str, SAE[Any]], given: str | Path | None, dtype: str) -> None:
+    """SAEBench loads models by itself, and looks neither at what they compute nor at which model an SAE belongs to."""
+    models: dict[str, Any] = {}
+    for label, sae in named.items():
+        source = str(given or sae.cfg.metadata.model_name)
+        if source not in models:
+            models[source] = load_model(source, dtype=dtype)
+        if is_bridge(models[source]):
+            raise ValueError(
+                f"SAEBench runs models as a HookedTransformer, and that computes another model than {source} is: "
+                "evaluate it with itda_lens.evals.evaluate"
+            )
+        check_model(sae.cfg.metadata, models[source], repr(label))
 
 
 def _alias(sae: SAE[Any], source: str) -> str:

@@ -172,23 +172,36 @@ def check_model_name(metadata: SAEMetadata, given: str, what: str = "this dictio
 
 
 @contextlib.contextmanager
-def listed(folder: str | os.PathLike[str], alias: str | None = None) -> Iterator[None]:
-    """Inside, TransformerLens loads a local Hugging Face folder by its path, and by another name if one is given.
+def listed(folder: str | os.PathLike[str], alias: str | None = None) -> Iterator[str]:
+    """Inside, TransformerLens loads a local Hugging Face folder by the path that this gives, or by `alias`."""
+    with _listed(AutoConfig.from_pretrained(folder), alias) as plain:
+        for file in Path(folder).resolve().iterdir():
+            if file.name != "config.json":
+                (Path(plain) / file.name).symlink_to(file)
+        yield plain
 
-    It reads the configuration of a folder, but only of one that its list of names holds.
-    """
-    path = str(folder)
-    if path in OFFICIAL_MODEL_NAMES:
-        yield
-        return
-    OFFICIAL_MODEL_NAMES.append(path)
-    if alias is not None:
-        MODEL_ALIASES[path] = [alias]
-    try:
-        yield
-    finally:
-        OFFICIAL_MODEL_NAMES.remove(path)
-        MODEL_ALIASES.pop(path, None)
+
+@contextlib.contextmanager
+def _listed(config: Any, alias: str | None = None) -> Iterator[str]:
+    # TransformerLens reads the configuration only of a folder that its list of names holds, takes parts of the path for
+    # the architecture, and wants what transformers 5 leaves out of the configuration.
+    with tempfile.TemporaryDirectory() as plain:
+        config = copy.deepcopy(config)
+        if not hasattr(config, "n_ctx") and (n_ctx := _positions(config)):
+            config.n_ctx = n_ctx
+        config.save_pretrained(plain)
+        OFFICIAL_MODEL_NAMES.append(plain)
+        MODEL_ALIASES[plain] = [] if alias is None else [alias]
+        try:
+            yield plain
+        finally:
+            OFFICIAL_MODEL_NAMES.remove(plain)
+            del MODEL_ALIASES[plain]
+
+
+def _positions(config: Any) -> int | None:
+    text = config.get_text_config()
+    return getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
 
 
 def official_name(name: str) -> str:
@@ -207,7 +220,7 @@ def _verified(source: str, name: str, dtype: torch.dtype) -> HookedSAETransforme
     tokenizer = _tokenizer(source, name)
     hf_model = _hf_model(source, name, dtype)
     text = config.get_text_config()
-    n_ctx = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
+    n_ctx = _positions(config)
     probes = agreement.probes(text, n_ctx, tokenizer.bos_token_id, tokenizer.all_special_ids)
     n_layers = text.num_hidden_layers
     head = hf_model.get_output_embeddings()
@@ -260,12 +273,7 @@ def _hooked(
 def _hooked_by_configuration(
     hf_model: Any, tokenizer: Any, source: str, dtype: torch.dtype, n_ctx: int | None
 ) -> HookedSAETransformer:
-    # TransformerLens takes parts of the path for the architecture, so it gets one that says nothing.
-    with tempfile.TemporaryDirectory() as folder, listed(folder):
-        config = copy.deepcopy(hf_model.config)
-        if n_ctx is not None and not hasattr(config, "n_ctx"):
-            config.n_ctx = n_ctx  # transformers 5 leaves out what TransformerLens reads
-        config.save_pretrained(folder)
+    with _listed(hf_model.config) as folder:
         return _hooked(folder, hf_model, tokenizer, source, dtype, n_ctx)
 
 
