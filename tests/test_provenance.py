@@ -2,13 +2,18 @@
 
 import zlib
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from itda_lens import ITDA, Provenance, embedded
+from itda_lens.interpret.placing import place
+from itda_lens.provenance import same_tokenizer, shared_kind
+from itda_lens.similarity import jaccard
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +37,7 @@ def assert_equal(a: Provenance, b: Provenance) -> None:
     assert a.prompts == b.prompts
     assert a.tokenizer_digest == b.tokenizer_digest
     assert a.kinds == b.kinds
+    assert a.vocabulary == b.vocabulary
     if "tokens" in a.kinds:
         assert [a.tokens(i) for i in range(len(a))] == [b.tokens(i) for i in range(len(b))]
 
@@ -58,6 +64,84 @@ def test_identities_follow_the_text_not_the_row(tokenizer):
         assert a.identities(kind)[0] == b.identities(kind)[0]
         assert len({*a.identities(kind), *b.identities(kind)}) == 3
     assert a.identities("position") == [(0, 2), (1, 1)]
+
+
+def test_pieces_of_one_character_are_different_atoms(tokenizer):
+    pieces = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("研", "究")]
+    n = len(pieces[0])
+    assert n > 1
+    assert len(pieces[1]) == n
+    a, b = (provenance(tokenizer, [text], [(0, p + 1) for p in range(n)]) for text in ("研", "究"))
+    alike = sum(x == y for x, y in zip(*pieces, strict=True))
+    for kind in ("text", "tokens", None):
+        assert len(a.identity_set(kind or "text")) == n
+        assert jaccard(a, a, kind=kind) == 1
+        with pytest.warns(UserWarning, match="different streams"):
+            assert jaccard(a, b, kind=kind) == alike / (2 * n - alike)
+    assert a.identities()[-1] == provenance(tokenizer, ["-", "研"], [(1, n)]).identities()[0]
+
+
+def test_under_one_tokenizer_special_tokens_make_a_difference(tokenizer):
+    bos, (x, y, *_) = tokenizer.bos_token_id, tokenizer("Return the list", add_special_tokens=False)["input_ids"]
+    rows = torch.tensor([0, 1])
+    a, b = (
+        Provenance.from_tokens(rows, torch.tensor([1, end]), {0: torch.tensor([bos, x]), 1: ids}, tokenizer)
+        for end, ids in ((2, torch.tensor([bos, x, y])), (3, torch.tensor([bos, x, bos, y])))
+    )
+    assert a.prompts == b.prompts
+    assert a.shown(1, tokenizer) != b.shown(1, tokenizer)
+    assert b.shown(1, tokenizer)[0] == "Return<|endoftext|>"
+    with pytest.warns(UserWarning, match="different streams"):
+        assert jaccard(a, b) == 1 / 3
+    assert jaccard(a, b, kind="text") == 1
+
+
+def extended(*tokens: str):
+    tokenizer = AutoTokenizer.from_pretrained(embedded.path())
+    tokenizer.add_tokens(list(tokens))
+    return tokenizer
+
+
+def test_a_tokenizer_with_more_tokens_is_the_same_for_the_others(tokenizer):
+    more, other = extended("<a>", "<b>"), extended("<c>")
+    prov = provenance(tokenizer, TEXTS, PLACES)
+    for tokens in (more, other):
+        longer = provenance(tokens, TEXTS, PLACES)
+        assert longer.tokenizer_digest != prov.tokenizer_digest
+        assert same_tokenizer(prov, tokens)
+        assert same_tokenizer(longer, tokenizer)
+        for a, b in ((prov, longer), (longer, Provenance.from_bytes(prov.to_bytes()))):
+            assert same_tokenizer(a, b)
+            assert shared_kind([a, b]) == "tokens"
+            assert jaccard(a, b) == 1
+    with_a, with_c = (provenance(t, ["<a> or <c>"], [(0, 1), (0, 2)]) for t in (more, other))
+    assert 2048 in with_a.tokens(1)
+    assert same_tokenizer(with_a, more)
+    assert same_tokenizer(Provenance.from_bytes(with_a.to_bytes()), more)
+    for lacking in (tokenizer, other):
+        assert not same_tokenizer(with_a, lacking)
+    assert same_tokenizer(with_a, prov)
+    assert not same_tokenizer(with_a, with_c)
+    assert shared_kind([with_a, with_c]) == "text"
+
+
+def test_a_tokenizer_with_more_tokens_is_known_from_older_files_too(tokenizer):
+    old = replace(provenance(tokenizer, TEXTS, PLACES), vocabulary=None)
+    assert same_tokenizer(Provenance.from_bytes(old.to_bytes()), extended("<a>", "<b>"))
+    assert same_tokenizer(old, tokenizer)
+    assert not same_tokenizer(replace(old, tokenizer_digest="another"), tokenizer)
+    assert not same_tokenizer(replace(provenance(tokenizer, TEXTS, PLACES), tokenizer_digest="another"), tokenizer)
+
+
+def test_prompts_stay_where_they_are_in_a_model_of_an_extended_tokenizer(tokenizer):
+    tuned = embedded.model(1)
+    tuned.tokenizer = extended("<a>", "<b>")
+    prov = provenance(tokenizer, TEXTS, PLACES)
+    here = place(replace(prov, prompts=()), tuned).provenance
+    assert here.identities("tokens") == prov.identities("tokens")
+    assert same_tokenizer(here, tuned.tokenizer)
+    back = place(provenance(tuned.tokenizer, TEXTS, PLACES), embedded.model(0)).provenance
+    assert back.identities("tokens") == prov.identities("tokens")
 
 
 @settings(deadline=None, max_examples=25)
