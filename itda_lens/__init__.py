@@ -10,6 +10,7 @@ from itda_lens.hub import upload
 from itda_lens.provenance import Provenance
 from itda_lens.pursuit import SparseCodes, matching_pursuit
 from itda_lens.sae import ITDA, ITDAConfig
+from itda_lens.streams import load_model
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "embedded",
     "evals",
     "interpret",
+    "load_model",
     "load_paper_artifact",
     "matching_pursuit",
     "similarity",

@@ -110,9 +110,12 @@ def test_a_build_that_ends_early_leaves_what_it_has(tmp_path, capsys, monkeypatc
 
     model = embedded.model(0)
     model.blocks[0].register_forward_pre_hook(lambda *_: Interrupted()())
-    monkeypatch.setattr(cli.embedded, "model", lambda seed: model)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(embedded, "model", lambda seed, device: model)
+    with pytest.raises(SystemExit) as stopped:
         run("build", "--model", "embedded", "--dataset", "embedded", "--hooks", HOOK, "-k", 4, "--n-atoms", 50,
             "--tokens", 50_000, "--out", tmp_path)  # fmt: skip
-    assert "the build ended early" in capsys.readouterr().out
+    assert stopped.value.code == 130
+    printed = capsys.readouterr()
+    assert "the build ended early" in printed.out
+    assert printed.err.splitlines()[-1] == "itda-lens: stopped"
     assert ITDA.load_from_disk(tmp_path / f"{HOOK}.partial").cfg.d_sae > 10

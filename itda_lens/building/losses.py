@@ -1,13 +1,13 @@
 """How badly an activation is reconstructed: what decides whether it becomes an atom."""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-LossName = Literal["relative", "cosine", "paper"]
+from itda_lens.settings import LossName as LossName
 
 
 class Loss(NamedTuple):

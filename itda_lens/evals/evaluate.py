@@ -277,8 +277,8 @@ def _with(model: HookedModel, tokens: Tensor, place: _Place, new: Tensor) -> Ten
 
 def _reconstructed(sae: SAE[Any], x: Tensor) -> tuple[Tensor, Tensor]:
     """What an SAE gives for activations `[b, s, d]`, and its latents on the way, dense."""
-    found: list[Tensor] = []
-    watch = sae.hook_sae_acts_post.register_forward_hook(lambda module, args, latents: found.append(latents))
+    found: list[Any] = []
+    watch = sae.hook_sae_acts_post.register_forward_hook(lambda module, args, output: found.append(output))
     reshaping = {name: getattr(sae, name, None) for name in _RESHAPING}
     sae.turn_off_forward_pass_hook_z_reshaping()  # heads are flattened already
     try:

@@ -1,7 +1,6 @@
 """Everything that layer matching keeps of the stream, in one pass over each model."""
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Int64
@@ -9,44 +8,11 @@ from torch import Tensor
 
 from itda_lens.building import DictionaryBuilder
 from itda_lens.provenance import Provenance
+from itda_lens.settings import MatchingConfig
 from itda_lens.similarity.jaccard import provenance_of
 from itda_lens.similarity.membership import MembershipProfiles
 from itda_lens.similarity.moments import LIMIT_GIB, CrossMoments
 from itda_lens.streams import Batch
-
-
-@dataclass
-class MatchingConfig:
-    """How layers are matched."""
-
-    tokens: int = 100_000
-    """How many tokens of the stream are used."""
-    sample: int = 4096
-    """A fixed sample of them, for neighbours, anchors and permutations: better several times the model's width."""
-    n_atoms: int = 1000
-    """The size of dictionaries that are compared at equal size."""
-    threshold: float = 0.2
-    """The loss above which a token becomes an atom, for dictionaries that are compared at equal threshold."""
-    k: int = 8
-    """L0."""
-    dictionaries: int = 24
-    """Graded membership is a mean over this many small dictionaries."""
-    small_atoms: int = 100
-    """Atoms of each of those."""
-    beginning: int = 10_000
-    """Their atoms are drawn from this many tokens at the beginning."""
-    permutations: int = 100
-    """How many permutations similarities are calibrated against; 0 for none."""
-    context_size: int = 128
-    """Tokens in a row."""
-    batch_size: int = 32
-    """Rows in a forward pass."""
-    column: str | None = None
-    """The dataset's column with the text, when it is not called text."""
-    seed: int = 0
-    """Of the sample, of anchors, prompts and permutations."""
-    progress: bool = True
-    """Show progress bars."""
 
 
 class Gathered:
