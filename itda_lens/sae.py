@@ -25,7 +25,9 @@ from itda_lens.pursuit import (
     decode_dense,
     matching_pursuit,
     pursue_correlations,
+    pursue_further,
 )
+from itda_lens.streams.massive import is_massive
 
 ARCHITECTURE = "itda"
 PROVENANCE_KEY = "provenance"
@@ -33,6 +35,7 @@ NOTE_KEY = "note"
 _HALF = (torch.bfloat16, torch.float16)
 # Unit float32 rows are off by less than this; rows that came through bfloat16 by far more.
 _EXACT_NORM_TOLERANCE = 1e-5
+_ENOUGH_FOR_A_MEDIAN = 16
 
 
 @no_type_check  # SAELens itself passes a plain dict for metadata, and modes that its annotation lacks
@@ -53,8 +56,6 @@ class ITDAConfig(SAEConfig):
     """Only positive coefficients."""
     use_sparse_activations: bool = False
     """`encode` returns a sparse COO tensor in place of a dense one."""
-    typical_norm: float | None = None
-    """The median norm of ordinary tokens about `b_dec`, by which massive ones are known; None where it is not."""
 
     @classmethod
     def architecture(cls) -> str:
@@ -360,13 +361,41 @@ class ITDA(SAE[ITDAConfig]):
 
     def _decompose(self, sae_in: Tensor, atoms: Tensor, nonnegative: bool) -> SparseCodes:
         gram, k, orthogonal = self._gram.get(atoms), self.cfg.k, self.cfg.orthogonal
-        return matching_pursuit(sae_in, atoms, k, gram=gram, nonnegative=nonnegative, orthogonal=orthogonal)
+        codes = matching_pursuit(sae_in, atoms, k, gram=gram, nonnegative=nonnegative, orthogonal=orthogonal)
+        massive, usual = self._massive(sae_in)
+        if not massive.any():
+            return codes
+        flat = SparseCodes(*(part.reshape(-1, k) for part in codes))
+        rows = sae_in.reshape(-1, sae_in.shape[-1])
+        found = pursue_further(rows, flat, atoms, massive.flatten(), usual, gram=gram, nonnegative=nonnegative)
+        return SparseCodes(*(part.reshape(*massive.shape, -1) for part in found))
+
+    def _massive(self, sae_in: Tensor) -> tuple[Tensor, Tensor]:
+        """Which activations are massive and have no atoms of their own, and the usual norm.
+
+        Dictionaries from before such tokens got atoms hold none that explain BOS, and the model is lost without it.
+        They do not know what norm is usual, either: it is taken from the activations that come together.
+        """
+        record: Any = self.cfg.metadata.itda_build or {}
+        norms = sae_in.detach().float().norm(dim=-1)
+        from_model = self.cfg.metadata.hook_name is not None and self.cfg.normalize_activations == "none"
+        if record.get("typical_norm") is not None or not from_model or norms.numel() < _ENOUGH_FOR_A_MEDIAN:
+            return torch.zeros_like(norms, dtype=torch.bool), norms.new_zeros(())
+        usual = norms.median()
+        return is_massive(norms, usual), usual
 
     def _pursue_hooked(self, sae_in: Tensor) -> SparseCodes:
         # What a hook makes of the correlations is where pursuit starts.
         dtype = torch.promote_types(self.dtype, torch.float32)
         correlations = self.hook_sae_acts_pre(sae_in.to(dtype) @ self.W_dec.to(dtype).T)
-        return self._pursue_from(correlations, self.W_dec, self.cfg.nonnegative)
+        codes = self._pursue_from(correlations, self.W_dec, self.cfg.nonnegative)
+        massive, _ = self._massive(sae_in)
+        if not massive.any():
+            return codes
+        unhooked = self._pursue(sae_in)  # codes of massive tokens are longer than correlations can tell
+        more = unhooked.values.shape[-1] - codes.values.shape[-1]
+        own = (nn.functional.pad(part, (0, more)) for part in codes)
+        return SparseCodes(*(torch.where(massive[..., None], *both) for both in zip(unhooked, own, strict=True)))
 
     def _pursue_from(self, correlations: Tensor, atoms: Tensor, nonnegative: bool) -> SparseCodes:
         gram, k, orthogonal = self._gram.get(atoms), self.cfg.k, self.cfg.orthogonal

@@ -181,7 +181,7 @@ class DictionaryBuilder:
         record: dict[str, Any] = itda.cfg.metadata.itda_build or {}
         sink = torch.arange(itda.cfg.d_sae) < record.get("sinks", 0)
         state.dictionary.extend(itda.atoms.detach().float(), prov.row, prov.position, always, sink)
-        state.scale = itda.cfg.typical_norm or 0.0
+        state.scale = record.get("typical_norm") or 0.0
         state.bias = itda.b_dec.detach().float().to(builder.device, copy=True) * itda.cfg.apply_b_dec_to_input
         builder._bias_is_known = True
         builder._sequences = dict(prov.sequences)
@@ -279,7 +279,6 @@ class DictionaryBuilder:
             k,
             bias=self._state.bias,
             orthogonal=self.orthogonal,
-            typical_norm=self._state.scale or None,
             provenance=Provenance.from_tokens(row, position, sequences, self.tokenizer if sequences else None),
             metadata=self._metadata | (metadata or {}) | {"itda_build": self._record(int(dictionary.sink[keep].sum()))},
         )
@@ -420,6 +419,7 @@ class DictionaryBuilder:
             "tokens_judged": self._state.tally.tokens,
             "sequences": self._rows_seen,
             "sinks": sinks,
+            "typical_norm": self._state.scale or None,
             **self._state.sizing.record(),
         }
 

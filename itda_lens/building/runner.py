@@ -84,8 +84,9 @@ def build(
 
 def _consume(batches: Iterable[Any], builders: dict[str, DictionaryBuilder], config: BuildConfig) -> None:
     with tqdm(total=config.tokens, unit=" tokens", unit_scale=True, disable=not config.progress) as bar:
-        for tokens, mask, activations in batches:
-            stats = [builders[hook].update(x, tokens, mask) for hook, x in activations.items()]
+        for tokens, mask, activations, real in batches:
+            others = real & ~mask
+            stats = [builders[hook].update(x, tokens, mask, others) for hook, x in activations.items()]
             bar.update(min(int(mask.sum()), (config.tokens or 2**62) - bar.n))
             bar.set_postfix(atoms=sum(s.atoms for s in stats), loss=f"{stats[0].loss:.3f}", refresh=False)
             if all(s.done for s in stats):

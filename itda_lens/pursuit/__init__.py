@@ -3,6 +3,7 @@
 from itda_lens.pursuit.api import check_unit_rows, matching_pursuit
 from itda_lens.pursuit.codes import SparseCodes, decode_dense
 from itda_lens.pursuit.eager import pursue_eager
+from itda_lens.pursuit.further import pursue_further
 from itda_lens.pursuit.gradient import coefficients_on_path
 from itda_lens.pursuit.gram import GramCache, GramRows, gram_fits, gram_limit, gram_matrix, set_gram_limit
 from itda_lens.pursuit.on_gpu import pursue_on_gpu
@@ -29,6 +30,7 @@ __all__ = [
     "pursue",
     "pursue_correlations",
     "pursue_eager",
+    "pursue_further",
     "pursue_on_gpu",
     "pursue_orthogonal_eager",
     "set_gram_limit",

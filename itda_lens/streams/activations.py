@@ -24,6 +24,8 @@ class Batch(NamedTuple):
     """True where a token may become an atom."""
     activations: dict[str, Float[Tensor, "b s d"]]
     """By hook name; heads are flattened."""
+    real: Bool[Tensor, "b s"]
+    """True where a token is no padding."""
 
 
 def activation_batches(
@@ -59,11 +61,11 @@ def activation_batches(
     batches = token_batches(
         model, dataset, context_size=context_size, batch_size=batch_size, prepend_bos=prepend_bos, pack=pack
     )
-    for tokens, mask in batches:
-        mask = mask & inside
+    for tokens, real in batches:
+        mask = real & inside
         if exclude_special_tokens:
             mask &= ~torch.isin(tokens, special)
-        yield Batch(tokens, mask, forward(model, tokens, hooks, head_index))
+        yield Batch(tokens, mask, forward(model, tokens, hooks, head_index), real)
 
 
 def forward(
