@@ -204,7 +204,7 @@ def test_several_seeds_and_hooks_are_drawn_in_one_pass(model):
         assert torch.equal(alone.atoms, apart[2].atoms)
     assert set(evals.random_activations(itdas, model, text)) == set(hooks)
     itdas[hooks[1]].cfg.metadata.context_size = 64
-    with pytest.raises(ValueError, match="blocks.3.hook_mlp_out on rows of .*'context_size': 64"):
+    with pytest.raises(ValueError, match=r"blocks\.3\.hook_mlp_out on rows of .*'context_size': 64"):
         evals.random_activations(itdas, model, text)
     with pytest.raises(ValueError, match="1 dictionaries and 0 seeds"):
         evals.random_activations(itdas[hooks[0]], model, text, seed=[])
