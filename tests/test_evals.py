@@ -7,6 +7,7 @@ from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from torch.nn.functional import cosine_similarity, normalize
 
 from itda_lens import ITDA, BuildConfig, build, embedded, evals, interpret
+from itda_lens.streams import token_batches
 from tests.conftest import HOOK
 
 SMALL = {"batch_size": 8, "n_batches": 1}
@@ -152,3 +153,86 @@ def test_a_baseline_encodes_as_the_dictionary_it_stands_beside(built, settings):
     baseline = evals.random_directions(itda)
     assert baseline.cfg.orthogonal == itda.cfg.orthogonal
     assert baseline.cfg.nonnegative == itda.cfg.nonnegative
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"apply_b_dec_to_input": False},
+        {"normalize_activations": "layer_norm"},
+        {"normalize_activations": "constant_norm_rescale", "use_sparse_activations": True},
+        {"dtype": "float64", "orthogonal": False},
+    ],
+    ids=str,
+)
+def test_random_atoms_are_what_the_dictionary_would_pursue_and_all_its_settings_stay(model, settings):
+    hook = "blocks.1.hook_resid_post"
+    config = BuildConfig(k=4, n_atoms=20, tokens=200, progress=False)
+    itda = build(model, embedded.dataset("heldout"), hook, config)[hook]
+    itda = itda.with_atoms(itda.atoms, **settings)
+    baselines = [
+        evals.random_activations(itda, model, embedded.dataset("heldout"), seed=2),
+        evals.random_directions(itda, seed=2),
+    ]
+    for baseline in baselines:
+        assert baseline.cfg.to_dict() == itda.cfg.to_dict()
+        assert torch.equal(baseline.b_dec, itda.b_dec)
+        assert baseline.atoms.dtype == itda.dtype
+    tokens = next(iter(token_batches(model, embedded.dataset("heldout"), context_size=128, batch_size=2)))[0]
+    x = model.run_with_cache(tokens, names_filter=[hook])[1][hook].detach()[tokens != 0][:200]
+    cosines = normalize(itda.process_sae_in(x).detach().float(), dim=-1) @ baselines[0].atoms.detach().float().T
+    assert cosines.amax(dim=0).min() > 1 - 1e-4
+    assert not torch.equal(baselines[0].atoms, baselines[1].atoms)
+
+
+def test_several_seeds_and_hooks_are_drawn_in_one_pass(model):
+    hooks = ["blocks.1.hook_resid_post", "blocks.3.hook_mlp_out"]
+    config = BuildConfig(k=4, n_atoms=20, tokens=300, progress=False)
+    itdas, text = build(model, embedded.dataset("heldout"), hooks, config), embedded.dataset("heldout")
+    passes = []
+    counter = model.embed.register_forward_hook(lambda *_: passes.append(1))
+    together = evals.random_activations(itdas, model, text, seed=range(3), batch_size=1)
+    counter.remove()
+    assert len(passes) == 3  # rows of 128 tokens
+    for hook, itda in itdas.items():
+        apart = [evals.random_activations(itda, model, text, seed=seed) for seed in range(3)]
+        for one, other in zip(together[hook], apart, strict=True):
+            torch.testing.assert_close(one.atoms, other.atoms)
+        [alone] = evals.random_activations(itda, model, text, seed=[2])
+        assert torch.equal(alone.atoms, apart[2].atoms)
+    assert set(evals.random_activations(itdas, model, text)) == set(hooks)
+    itdas[hooks[1]].cfg.metadata.context_size = 64
+    with pytest.raises(ValueError, match=r"blocks\.3\.hook_mlp_out on rows of .*'context_size': 64"):
+        evals.random_activations(itdas, model, text)
+    with pytest.raises(ValueError, match="1 dictionaries and 0 seeds"):
+        evals.random_activations(itdas[hooks[0]], model, text, seed=[])
+
+
+def test_baselines_keep_the_atoms_of_sinks(model, built):
+    itda = built.with_k(8)
+    itda.cfg.metadata.itda_build["sinks"] = 3
+    assert built.cfg.metadata.itda_build.get("sinks", 0) == 0
+    for baseline in (
+        evals.random_directions(itda),
+        evals.random_activations(itda, model, embedded.dataset("train"), seed=1),
+    ):
+        torch.testing.assert_close(baseline.atoms[:3], itda.atoms[:3])
+        assert baseline.atoms.shape == itda.atoms.shape
+        assert cosine_similarity(baseline.atoms[3:], itda.atoms[3:]).abs().median() < 0.9
+
+
+def test_what_can_have_no_baseline_is_refused(model, built):
+    with pytest.raises(ValueError, match="non-negative view"):
+        evals.random_directions(built.nonnegative_view())
+    judged = built.cfg.metadata.itda_build["tokens_judged"]
+    with pytest.raises(ValueError, match=rf"6,001 atoms, but only {judged:,} tokens were judged"):
+        evals.random_activations(_of_size(built, 6001), model, embedded.dataset("train"))
+
+
+def test_metadata_that_says_nothing_of_bos_means_yes(model, built, heldout):
+    errors = {}
+    for prepend_bos in (None, True, False):
+        itda = built.with_k(8)
+        itda.cfg.metadata.prepend_bos = prepend_bos
+        errors[prepend_bos] = interpret.transfer_table(itda, model, [HOOK], dataset=heldout, tokens=200)["error"].item()
+    assert errors[None] == errors[True] != errors[False]
