@@ -48,7 +48,7 @@ def test_nothing_is_built_or_explained_while_an_sae_is_attached(host, itda):
 def test_hooks_that_were_left_are_named(host):
     [name] = canonical_hooks(host, [HOOK]).values()
     host.add_hook(name, lambda x, hook: x * 2, is_permanent=True)
-    with pytest.warns(UserWarning, match=rf"forward hooks at {name}: .* reset_hooks\(including_permanent=True\)"):
+    with pytest.warns(UserWarning, match=rf"forward hooks at {name}: .*reset_hooks\(including_permanent=True\)"):
         canonical_hooks(host, [HOOK])
     host.reset_hooks(including_permanent=True)
     with warnings.catch_warnings():
