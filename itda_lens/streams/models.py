@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from itda_lens.provenance import tokenizer_digest
 from itda_lens.streams import agreement
 from itda_lens.streams.processing import check_processing, normalization_type
+from itda_lens.streams.state import check_state
 
 HookedModel: TypeAlias = HookedTransformer | TransformerBridge
 
@@ -139,6 +140,7 @@ def check_model(metadata: SAEMetadata, model: HookedModel, what: str = "this dic
     itself in another kind, dtype or processing and under another name. Metadata without these logits are compared by
     name: owner, folder and alias count for nothing, so `gpt2-small` is `openai-community/gpt2`.
     """
+    check_state(model)
     check_processing(metadata, model, what)
     recorded: Any = metadata.model_fingerprint
     own = _fingerprint(model) if recorded and metadata.model_name else None

@@ -1,11 +1,10 @@
 """What was left on a model by others, looked at before its activations are taken."""
 
 import warnings
+from typing import Any
 
-from itda_lens.streams.models import HookedModel, TransformerBridge, is_bridge
 
-
-def check_state(model: HookedModel) -> None:
+def check_state(model: Any) -> None:
     """Refuse a model that would give other activations than its own, and warn of one that may.
 
     Raises:
@@ -26,8 +25,7 @@ def check_state(model: HookedModel) -> None:
             f"an SAE is attached at {', '.join(attached)} of {model.cfg.model_name}, so that its activations would be "
             "reconstructions: call model.reset_saes(), or leave the `with model.saes(...)` block"
         )
-    if is_bridge(model):
-        _mend(model)
+    _mend(model)
     if hooked := [name for name, point in model.hook_dict.items() if point.fwd_hooks]:
         warnings.warn(
             f"{model.cfg.model_name} has forward hooks at {', '.join(hooked)}: its activations are those that these "
@@ -36,14 +34,11 @@ def check_state(model: HookedModel) -> None:
         )
 
 
-def _mend(bridge: TransformerBridge) -> None:
-    # Where an SAE was, SAELens leaves a hook point that no hook finds by its name, and that does not split heads.
-    for name, point in bridge.hook_dict.items():
+def _mend(model: Any) -> None:
+    # Where an SAE was on a bridge, SAELens leaves a hook point that is not found by its name and splits no heads.
+    for name, point in model.hook_dict.items():
         if "." in name and "." not in (point.name or ""):
             point.name = name
-            block, attention, _ = name.partition(".attn.")
-            setup = (
-                getattr(bridge.get_submodule(f"{block}.attn"), "_setup_qkv_hook_reshaping", None) if attention else None
-            )
-            if setup is not None:
-                setup()
+            block, is_of_attention, _ = name.partition(".attn.")
+            if is_of_attention:
+                getattr(model.get_submodule(f"{block}.attn"), "_setup_qkv_hook_reshaping", lambda: None)()
