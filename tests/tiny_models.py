@@ -10,14 +10,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from itda_lens import embedded
 
-_GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 96, "vocab_size": 1024}
+_GPT2 = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 96, "vocab_size": 2048}
 _NEO = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "max_position_embeddings": 96,
-    "vocab_size": 1024,
+    "vocab_size": 2048,
 }
 _LLAMA = _NEO | {"num_key_value_heads": 4, "pad_token_id": 0}
 _GROUPED = _LLAMA | {"num_key_value_heads": 2}
@@ -27,7 +27,7 @@ _OPT = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "max_position_embeddings": 96,
-    "vocab_size": 1024,
+    "vocab_size": 2048,
     "word_embed_proj_dim": 32,
 }
 
@@ -60,7 +60,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_types": [[["global", "local"], 2]],
             "window_size": 40,
             "max_position_embeddings": 96,
-            "vocab_size": 1024,
+            "vocab_size": 2048,
         },
     ),
     "GPT-NeoX": ("gpt_neox", _NEO),
@@ -71,7 +71,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "GPT-J": ("gptj", _GPT2 | {"rotary_dim": 4}),
     "OPT": ("opt", _OPT),
     "OPT, norms last, projected": ("opt", _OPT | {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
-    "Bloom": ("bloom", {"hidden_size": 32, "n_layer": 3, "n_head": 4, "vocab_size": 1024}),
+    "Bloom": ("bloom", {"hidden_size": 32, "n_layer": 3, "n_head": 4, "vocab_size": 2048}),
     "Llama": ("llama", _LLAMA),
     "Llama, grouped queries, tied": ("llama", _GROUPED | {"tie_word_embeddings": True}),
     "Llama, linear rope": ("llama", _LLAMA | _rope("linear", factor=4.0)),
@@ -103,7 +103,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "StableLM": ("stablelm", _LLAMA),
     "MPT": (
         "mpt",
-        {"d_model": 32, "n_heads": 4, "n_layers": 3, "vocab_size": 1024, "max_seq_len": 96, "expansion_ratio": 2},
+        {"d_model": 32, "n_heads": 4, "n_layers": 3, "vocab_size": 2048, "max_seq_len": 96, "expansion_ratio": 2},
     ),
     "OLMo": ("olmo", _LLAMA),
     "OLMo 2": ("olmo2", _LLAMA),
@@ -114,7 +114,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "Mixtral": ("mixtral", _LLAMA | {"num_local_experts": 4}),
     "SmolLM3": ("smollm3", _LLAMA),
-    "Mamba": ("mamba", {"hidden_size": 32, "num_hidden_layers": 3, "vocab_size": 1024}),
+    "Mamba": ("mamba", {"hidden_size": 32, "num_hidden_layers": 3, "vocab_size": 2048}),
     "BERT": ("bert", _NEO),
     "BERT as a decoder": ("bert", _NEO | {"is_decoder": True}),
 }
