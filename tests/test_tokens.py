@@ -128,6 +128,10 @@ def test_padding_on_the_left_is_no_beginning_of_the_text(chat, pad):
         ({"tokens": [0, -100, 5]}, "row 1 of the dataset: the token id -100 at position 1"),
         ({"tokens": [0, 400], "attention_mask": [1, 1]}, "row 1 of the dataset: the token id 400 at position 1"),
         ({"tokens": [0, 5], "attention_mask": [1]}, "row 1 of the dataset: 'attention_mask' has .1,. values for 2"),
+        (
+            {"tokens": [0, 5], "attention_mask": ["yes", None]},
+            "row 1 of the dataset: 'attention_mask' holds list of str",
+        ),
         ({"tokens": "words"}, "row 1 of the dataset: the column 'tokens' holds str .'words'. here, and tokens"),
     ],
 )
