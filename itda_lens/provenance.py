@@ -115,7 +115,8 @@ class Provenance:
     def of_tokenizer(self, tokenizer: object) -> "Provenance":
         """The same, which says that its token ids belong to a tokenizer."""
         vocabulary = Vocabulary.of(tokenizer, self.sequences.values())
-        return replace(self, tokenizer_digest=tokenizer_digest(tokenizer), vocabulary=vocabulary)
+        digest = tokenizer_digest(tokenizer) if vocabulary is None else vocabulary.digest
+        return replace(self, tokenizer_digest=digest, vocabulary=vocabulary)
 
     def __len__(self) -> int:
         return len(self.row)

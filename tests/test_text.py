@@ -84,6 +84,11 @@ def test_a_folder_has_splits_and_a_home_has_a_tilde(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert texts("~/data") == ["train"]
     assert texts(tmp_path / "data", split="test") == ["test"]
+    (tmp_path / "stories").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "stories" / f"wiki.{split}.txt").write_text(f"{split}\n\nmore")
+    assert texts(tmp_path / "stories") == ["train", "more"]
+    assert texts(tmp_path / "stories", split="test") == ["test", "more"]
     with pytest.raises(ValueError, match=r"no split 'valid', only \['test', 'train'\]"):
         load_text(tmp_path / "data", split="valid")
 

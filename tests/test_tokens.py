@@ -54,8 +54,9 @@ def kind(request):
     return request.param
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def chat(folder):
+    """Tests must not change it."""
     return hooked_model_from_folder(folder)
 
 
@@ -128,6 +129,10 @@ def test_padding_on_the_left_is_no_beginning_of_the_text(chat, pad):
         ({"tokens": [0, -100, 5]}, "row 1 of the dataset: the token id -100 at position 1"),
         ({"tokens": [0, 400], "attention_mask": [1, 1]}, "row 1 of the dataset: the token id 400 at position 1"),
         ({"tokens": [0, 5], "attention_mask": [1]}, "row 1 of the dataset: 'attention_mask' has .1,. values for 2"),
+        (
+            {"tokens": [0, 5], "attention_mask": ["yes", None]},
+            "row 1 of the dataset: 'attention_mask' holds list of str",
+        ),
         ({"tokens": "words"}, "row 1 of the dataset: the column 'tokens' holds str .'words'. here, and tokens"),
     ],
 )
@@ -191,7 +196,8 @@ def test_messages_are_read_as_the_template_writes_them(chat, pack):
         assert rows == [chat.tokenizer.apply_chat_template(messages, return_dict=False) for messages in CHATS]
 
 
-def test_messages_without_a_template_are_named(chat):
+def test_messages_without_a_template_are_named(folder):
+    chat = hooked_model_from_folder(folder)
     nobody = [*CHATS[:1], [{"role": "nobody", "content": "Boo"}]]
     with pytest.raises(ValueError, match=r"row 1 .*chat template does not take these messages: nobody speaks"):
         rows_of(chat, [{"messages": messages} for messages in nobody])

@@ -93,7 +93,8 @@ def is_missing(value: Any) -> bool:
 
 def is_empty(value: Any) -> bool:
     """Whether a value is missing, or a list without anything in it."""
-    return is_missing(value) or (not isinstance(value, str) and hasattr(value, "__len__") and len(value) == 0)
+    is_list = not isinstance(value, str) and hasattr(value, "__len__") and getattr(value, "ndim", 1) > 0
+    return is_missing(value) or (is_list and len(value) == 0)
 
 
 def describe(value: Any) -> str:

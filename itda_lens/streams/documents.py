@@ -108,7 +108,10 @@ def _read(model: HookedModel, row: Any, column: Column) -> Document:
 
 
 def _masked(model: HookedModel, ids: Tensor, mask: Any) -> Document:
-    keep = torch.ones(len(ids), dtype=torch.bool) if is_missing(mask) else torch.as_tensor(mask) != 0
+    try:
+        keep = torch.ones(len(ids), dtype=torch.bool) if is_missing(mask) else torch.as_tensor(mask) != 0
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{MASK_COLUMN!r} holds {describe(mask)}, not one number for each token id") from None
     if keep.shape != ids.shape:
         raise ValueError(f"{MASK_COLUMN!r} has {tuple(keep.shape)} values for {len(ids)} token ids")
     outside = (ids < 0) | (ids >= len(model.W_E))

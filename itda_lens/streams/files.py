@@ -3,7 +3,7 @@
 import glob
 import gzip
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +58,23 @@ def open_files(source: str, config: str | None, streaming: bool) -> Dataset | It
 
 
 def _folder(path: Path, config: str | None, streaming: bool) -> Any:
-    files = sorted(file for file in path.rglob("*") if _ending(file) in _READERS and not file.name.startswith("."))
+    files = sorted(file for file in path.rglob("*") if _ending(file) in _READERS)
+    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     files = [file for file in files if file.suffix != ".md"] or files  # a README beside the data
     if not files:
         raise ValueError(
             f"{path} is a folder without files that end in {', '.join(_READERS)}, and not one that datasets' "
             "save_to_disk has written"
         )
-    if config is None and _reader(files) == "text":
+    reader = _reader(files) if config is None else None
+    if files[0].suffix == ".md":
         return _read(files, streaming)
     try:
-        return load_dataset(str(path), name=config, streaming=streaming)  # it tells splits by the names of files
+        # It tells splits by the names of files.
+        if reader != "text":
+            return load_dataset(str(path), name=config, streaming=streaming)
+        splits: Any = load_dataset(str(path), sample_by="document", streaming=True)
+        return {name: _texts(row["text"] for row in rows) for name, rows in splits.items()}
     except DatasetGenerationError as e:
         raise ValueError(f"{path} can't be read: {e.__cause__ or e}") from e
 
@@ -76,7 +82,7 @@ def _folder(path: Path, config: str | None, streaming: bool) -> Any:
 def _read(files: list[Path], streaming: bool) -> Dataset | IterableDataset:
     reader = _reader(files)
     if reader == "text":
-        return Dataset.from_dict({"text": [text for file in files for text in _paragraphs(file)]})
+        return _texts(_content(file) for file in files)
     names, builder = [str(file) for file in files], "csv" if reader == "tsv" else reader
     try:
         return load_dataset(builder, data_files=names, split="train", streaming=streaming, **_OPTIONS.get(reader, {}))
@@ -100,17 +106,18 @@ def _reader(files: list[Path]) -> str:
     return readers.pop()
 
 
-def _paragraphs(file: Path) -> list[str]:
+def _content(file: Path) -> str:
     try:
-        with (
-            gzip.open(file, "rt", encoding="utf-8-sig")
-            if file.suffix == ".gz"
-            else file.open(encoding="utf-8-sig") as f
-        ):
-            text = f.read()
+        with gzip.open(file, "rt", encoding="utf8") if file.suffix == ".gz" else file.open(encoding="utf8") as text:
+            return text.read()
     except UnicodeDecodeError as e:
         raise ValueError(f"{file} is not UTF-8: {e}") from e
-    return [paragraph for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
+
+
+def _texts(contents: Iterable[str]) -> Dataset:
+    """Documents are paragraphs."""
+    paragraphs = (text for content in contents for text in re.split(r"\n\s*\n", content.removeprefix("\ufeff")))
+    return Dataset.from_dict({"text": [text for text in paragraphs if text.strip()]})
 
 
 def _ending(file: Path) -> str:
