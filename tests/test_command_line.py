@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import warnings
 
 import pandas as pd
 import pytest
@@ -61,9 +62,7 @@ def saved(built, tmp_path):
     "arguments", [[], ["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)], ids=str
 )
 def test_help_does_not_wait_for_torch(arguments):
-    heavy = (
-        "print([name for name in ('torch', 'transformers', 'sae_lens', 'datasets', 'pandas') if name in sys.modules])"
-    )
+    heavy = "print({'torch', 'transformers', 'sae_lens', 'datasets', 'pandas', 'numpy'} & {*sys.modules})"
     done = started(*arguments, then=heavy)
     assert done.returncode == 0, done.stderr
     *printed, imported = done.stdout.splitlines()
@@ -88,7 +87,7 @@ def test_no_arguments_print_the_help_and_a_mistyped_option_its_usage(capsys):
 
 
 @pytest.mark.parametrize(("given", "pack"), [([], True), (["--no-pack"], False), (["--pack", "false"], False)])
-def test_booleans_are_turned_off_by_no(given, pack, monkeypatch):
+def test_booleans_are_turned_off_by_no(given, pack):
     arguments = ["build", "--model", "m", "--dataset", "d", "--hooks", "h", "--out", "o", *given]
     assert cli._parse(arguments)[1].pack == pack
 
@@ -198,7 +197,14 @@ def test_ctrl_c_leaves_a_line_and_the_table_so_far(saved, tmp_path, capsys, monk
     assert [path.name for path in csv.parent.glob("table*")] == ["table.csv"]
 
 
-def test_a_warning_is_a_line(saved, tmp_path, capsys):
+def test_a_warning_is_a_line():
+    with cli._ends_in_a_line():
+        line = warnings.formatwarning("less text", UserWarning, "a.py", 1, "warn(...)")
+    assert line == "itda-lens: warning: less text\n"
+    assert warnings.formatwarning("less text", UserWarning, "a.py", 1) != line
+
+
+def test_less_text_than_asked_for_is_a_warning(saved, tmp_path):
     (tmp_path / "short.txt").write_text(" ".join(embedded.dataset("heldout")[:4]["text"]).replace("\n", " "))
     with pytest.warns(UserWarning, match="the text gives"):
         run("eval", "--saes", saved, "--dataset", tmp_path / "short.txt")
