@@ -74,7 +74,7 @@ def model_named(name: str, options: ModelOptions) -> HookedModel:
     transformers.utils.logging.disable_progress_bar()
     if found := _EMBEDDED_MODEL.match(name):
         model = embedded.model(int(found[1] or 0), device=options.device)
-        return model if options.dtype == "float32" else model.to(getattr(torch, options.dtype))
+        return model if options.dtype == "float32" else model.to(getattr(torch, options.dtype), print_details=False)
     precision: dict[str, Any] = {} if options.dtype == "float32" else {"dtype": options.dtype}
     return load_model(name, device=options.device, **precision)
 

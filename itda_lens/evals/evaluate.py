@@ -53,8 +53,8 @@ def evaluate(
     They have the definitions of SAELens's `run_evals`. `ce_loss_score` and `kl_div_score` are 1 for a perfect
     reconstruction and 0 for one no better than zeros; `dead` is the share of latents that never fired;
     `tokens_per_s` counts an SAE's own time: encoding, decoding and its forward pass. `massive` is how many of the
-    tokens had a norm above `streams.massive.MASSIVE` times the median, and `explained_variance_ordinary` leaves these
-    out: with them, explained variance is a figure about them.
+    tokens had a norm above `streams.massive.MASSIVE` times the median (of the first rows, special tokens left out),
+    and `explained_variance_ordinary` leaves these out: with them, explained variance is a figure about them.
 
     The clean forward pass is shared by all SAEs, and the one with zeros by those of one hook. SAEs whose metadata ask
     for other rows (`context_size`, `prepend_bos`, `pack`, `seqpos_slice`) are measured on rows of their own.
