@@ -15,7 +15,7 @@ from itda_lens.building.paper import judge_batch
 from itda_lens.building.sequential import judge_in_order
 from itda_lens.building.sizing import Sizing
 from itda_lens.building.state import BuildState, Tally, Tokens
-from itda_lens.provenance import Provenance, Tokenizer, tokenizer_digest
+from itda_lens.provenance import Provenance, Tokenizer, same_tokenizer
 from itda_lens.sae import ITDA
 from itda_lens.streams.massive import is_massive
 
@@ -169,7 +169,7 @@ class DictionaryBuilder:
         nowhere = torch.full((itda.cfg.d_sae,), -1)
         prov = itda.provenance or Provenance(nowhere, nowhere)
         tokenizer = builder.tokenizer
-        if tokenizer is not None and prov.tokenizer_digest not in (None, tokenizer_digest(tokenizer)):
+        if tokenizer is not None and not same_tokenizer(prov, tokenizer):
             raise ValueError("the dictionary was built with another tokenizer, so its tokens mean something else")
         wanted = builder._state.sizing.n_atoms
         if wanted is not None and wanted < itda.cfg.d_sae:

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from itda_lens.building.builder import DictionaryBuilder
 from itda_lens.sae import ITDA
 from itda_lens.settings import BuildConfig
-from itda_lens.streams import HookedModel, activation_batches, canonical_hooks, load_text
+from itda_lens.streams import HookedModel, activation_batches, canonical_hooks, expand_hooks, load_text
 from itda_lens.streams.datasets import AnyDataset
 from itda_lens.streams.hooks import hook_widths
 from itda_lens.streams.models import model_metadata
@@ -27,7 +27,7 @@ def build(
     Args:
         model: a `HookedTransformer` or a `TransformerBridge`.
         dataset: rows with a column `text`, `tokens` or `input_ids`; or a file, folder or name (see `load_text`).
-        hook_names: one or more hook points, such as `blocks.4.hook_resid_post`.
+        hook_names: one or more hook points, such as `blocks.4.hook_resid_post`; or patterns (see `expand_hooks`).
         config: size, L0 and the shape of the stream.
 
     Returns:
@@ -46,7 +46,7 @@ def build(
         100
     """
     config = config or BuildConfig()
-    hooks = canonical_hooks(model, [hook_names] if isinstance(hook_names, str) else hook_names)
+    hooks = canonical_hooks(model, expand_hooks(model, hook_names))
     _check_stream(model, config)
     device = config.device or str(model.cfg.device)
     builders = {

@@ -14,6 +14,7 @@ from itda_lens.provenance import Provenance
 from itda_lens.streams import HookedModel, load_text, special_token_ids, token_batches
 from itda_lens.streams.activations import forward
 from itda_lens.streams.datasets import AnyDataset
+from itda_lens.streams.massive import is_massive
 
 
 class PromptBatch(NamedTuple):
@@ -24,8 +25,8 @@ class PromptBatch(NamedTuple):
     activations: dict[str, Float[Tensor, "m d"]]
     """By hook name."""
     total: dict[str, Float[Tensor, " d"]]
-    """The sum over all tokens of these rows, special ones left out, in float64."""
-    n_tokens: int
+    """The sum over all tokens of these rows, special and massive ones left out, in float64."""
+    n_tokens: dict[str, int]
     """How many tokens were summed."""
 
 
@@ -65,10 +66,13 @@ def run_prompts(
         counted = (torch.arange(tokens.shape[1]) < lengths[:, None]) & ~torch.isin(tokens, special)
         index = torch.tensor([i for row in batch for i in ends[row]])
         within = torch.tensor([b for b, row in enumerate(batch) for _ in ends[row]])
-        activations, total = {}, {}
+        activations, total, n_tokens = {}, {}, {}
         for hook, x in forward(model, tokens, hooks, head_index).items():
             at_ends = x[within.to(x.device), prompts.position[index].to(x.device)].float()
-            sums = x[counted.to(x.device)].double().sum(dim=0)
+            summed = x[counted.to(x.device)].double()
+            if len(summed):
+                norms = summed.norm(dim=-1)
+                summed = summed[~is_massive(norms, norms.median())]
             bad = at_ends.isfinite().all(dim=-1).logical_not().nonzero()
             if len(bad):
                 i = int(index[bad[0]])
@@ -76,8 +80,8 @@ def run_prompts(
                     f"the activation of row {int(prompts.row[i])} at position {int(prompts.position[i])} at {hook} of "
                     f"{model.cfg.model_name} holds NaN or infinite values: run the model in a wider dtype"
                 )
-            activations[hook], total[hook] = at_ends, sums
-        yield PromptBatch(index, activations, total, int(counted.sum()))
+            activations[hook], total[hook], n_tokens[hook] = at_ends, summed.sum(dim=0), len(summed)
+        yield PromptBatch(index, activations, total, n_tokens)
 
 
 def probe(

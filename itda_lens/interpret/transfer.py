@@ -8,11 +8,11 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 
-from itda_lens.interpret.placing import BORDER, CONTEXT, DEGENERATE, Placed, place
+from itda_lens.interpret.placing import DEGENERATE, Placed, place
 from itda_lens.interpret.prompts import run_prompts
 from itda_lens.sae import ITDA, NonnegativeView
 from itda_lens.streams import HookedModel, canonical_hooks
@@ -69,9 +69,10 @@ def transfer_all(
     metadata: Any = itda.cfg.metadata
     assert itda.provenance is not None
     placed = place(itda.provenance, model, prepend_bos=prepends_bos(metadata))
-    n, n_tokens = len(placed.source), 0
+    n = len(placed.source)
     atoms: dict[str, Tensor] = {}
     totals: dict[str, Any] = defaultdict(int)
+    n_tokens: dict[str, int] = defaultdict(int)
     for batch in run_prompts(
         model,
         placed.provenance,
@@ -80,14 +81,14 @@ def transfer_all(
         batch_size=batch_size,
         exclude_special_tokens=metadata.exclude_special_tokens is not False,
     ):
-        n_tokens += batch.n_tokens
         for hook, x in batch.activations.items():
             totals[hook] += batch.total[hook]
+            n_tokens[hook] += batch.n_tokens[hook]
             atoms.setdefault(hook, x.new_empty(n, x.shape[1]))[batch.which.to(x.device)] = x
     centred = itda.cfg.apply_b_dec_to_input and bool((itda.b_dec != 0).any())
     carried = {}
     for hook, x in atoms.items():
-        bias = (totals[hook] / max(n_tokens, 1) * centred).float()
+        bias = (totals[hook] / max(n_tokens[hook], 1) * centred).float()
         carried[hook] = _dictionary(itda, x, bias, placed, model, names[hook], head_index)
     return carried
 
@@ -145,13 +146,13 @@ def _dictionary(
         k,
         bias=bias,
         provenance=placed.provenance.select(keep),
-        metadata=_metadata(itda, placed, placed.source[~usable].tolist(), model, hook, head_index),
+        metadata=_metadata(itda, placed, usable, model, hook, head_index),
         **own,
     )
 
 
 def _metadata(
-    itda: ITDA, placed: Placed, degenerate: list[int], model: HookedModel, hook: str, head_index: int | None
+    itda: ITDA, placed: Placed, usable: Bool[Tensor, " m"], model: HookedModel, hook: str, head_index: int | None
 ) -> SAEMetadata:
     source = copy.deepcopy(itda.cfg.metadata.to_dict())
     context: int | None = source.get("context_size")
@@ -159,14 +160,18 @@ def _metadata(
         "atoms": itda.cfg.d_sae,
         "model_name": source.get("model_name"),
         "hook_name": source.get("hook_name"),
-        "dropped": {BORDER: placed.dropped[BORDER], CONTEXT: placed.dropped[CONTEXT], DEGENERATE: degenerate},
+        "dropped": {**placed.dropped, DEGENERATE: placed.source[~usable].tolist()},
     }
+    build: dict[str, Any] = source.get("itda_build") or {}
+    sinks = int((placed.source[usable] < build.get("sinks", 0)).sum())
     own = {
         **model_metadata(model),
         "hook_name": hook,
         "hook_head_index": head_index,
         "context_size": None if context is None else min(context, model.cfg.n_ctx),
         "itda_transfer": record,
+        # Which tokens are massive in this model, and what norm is usual, nobody has looked at.
+        "itda_build": {**build, "sinks": sinks, "typical_norm": None},
     }
     return SAEMetadata(**source | own)
 

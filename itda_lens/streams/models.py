@@ -36,7 +36,7 @@ HookedModel: TypeAlias = HookedTransformer | TransformerBridge
 
 _OWN_FORMAT = ("NeelNanda/", "ArthurConmy/", "Baidicoot/")
 """Owners of models that TransformerLens alone can read: there is no Hugging Face model to compare them with."""
-_PATH = "itda_model_path"
+_PATH, _FINGERPRINT = "itda_model_path", "itda_fingerprint"
 
 
 def is_bridge(model: object) -> TypeGuard[TransformerBridge]:
@@ -83,7 +83,9 @@ def load_model(
     if Path(source).is_dir():
         vars(model)[_PATH] = source
     with _quiet():
-        return cast(Any, model).to(device)
+        model = cast(Any, model).to(device)
+    _fingerprint(model)
+    return model
 
 
 def hooked_model_from_folder(
@@ -356,9 +358,17 @@ def _check_causal(logits: Tensor, name: str, dtype: torch.dtype) -> None:
         )
 
 
-@torch.no_grad()
 def _fingerprint(model: HookedModel) -> list[float] | None:
-    """Some logits, up to a constant; None where they are not finite."""
+    """Some logits, up to a constant; None where they are not finite. Kept until a weight changes."""
+    weights = [(weight.data_ptr(), weight._version, weight.dtype) for weight in model.parameters()]
+    known = vars(model).get(_FINGERPRINT)
+    if known is None or known[0] != weights:
+        known = vars(model)[_FINGERPRINT] = weights, _some_logits(model)
+    return known[1]
+
+
+@torch.no_grad()
+def _some_logits(model: HookedModel) -> list[float] | None:
     n = min(8, model.cfg.n_ctx)
     spaced = [i * model.cfg.d_vocab // (n + 1) for i in range(1, n + 1)]
     logits = model(torch.tensor([spaced], device=model.cfg.device), prepend_bos=False)[0, -1].float()

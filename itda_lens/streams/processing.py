@@ -25,10 +25,10 @@ def check_processing(metadata: SAEMetadata, model: Any, what: str = "this dictio
     if not built_on or not given or built_on.endswith("Pre") == given.endswith("Pre"):
         return
     names = {True: "processed", False: "unprocessed"}
-    load = {True: "HookedTransformer.from_pretrained", False: "itda_lens.load_model"}
+    load = {True: "HookedTransformer.from_pretrained", False: "load_model"}
     processed = built_on.endswith("Pre")
     warnings.warn(
-        f"{what} was built on {names[processed]} weights ({built_on}), and those of {model.cfg.model_name} are "
+        f"{what} was built on {names[processed]} weights ({built_on}), and those of this model are "
         f"{names[not processed]} ({given}): folding and centering move activations, so it will do worse than it can. "
         f"Load the model with {load[processed]}",
         stacklevel=4,

@@ -28,7 +28,7 @@ def check_state(model: Any) -> None:
     _mend(model)
     if hooked := [name for name, point in model.hook_dict.items() if point.fwd_hooks]:
         warnings.warn(
-            f"{model.cfg.model_name} has forward hooks at {', '.join(hooked)}: its activations are those that these "
+            f"the model has forward hooks at {', '.join(hooked)}: its activations are those that these "
             "hooks leave. model.reset_hooks(including_permanent=True) removes them",
             stacklevel=3,
         )
