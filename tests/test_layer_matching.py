@@ -205,9 +205,7 @@ def test_the_table_and_the_calibration_have_the_same_anchors_from_the_seed(quick
 def wide(folder: Path, seed: int, width: int) -> HookedModel:
     """A model from random weights, with the embedded tokenizer."""
     torch.manual_seed(seed)
-    config = GPT2Config(
-        n_layer=2, n_embd=width, n_head=2, n_inner=32, n_positions=64, n_ctx=64, vocab_size=2048, bos_token_id=0
-    )
+    config = GPT2Config(n_layer=2, n_embd=width, n_head=2, n_positions=64, n_ctx=64, vocab_size=2048, bos_token_id=0)
     GPT2LMHeadModel(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(embedded.path(0)).save_pretrained(folder)
     return hooked_model_from_folder(folder)
