@@ -12,7 +12,7 @@ from sae_lens import HookedSAETransformer
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from sae_lens.saes.sae import SAEMetadata
 from torch.testing import assert_close
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BartConfig, GPT2Model, T5Config
+from transformers import AutoConfig, AutoModelForCausalLM, BartConfig, Gemma3Config, GPT2Model, T5Config
 
 from itda_lens import BuildConfig, build, embedded
 from itda_lens.streams import agreement, check_model, load_model
@@ -144,12 +144,10 @@ def test_what_can_not_be_used_is_refused_with_the_reason_and_the_way_out(tmp_pat
     shutil.copytree(folder("Llama"), cut)
     weights.save_pretrained(cut)
     shutil.copy(folder("Llama") / "config.json", cut)
-    sizes = {"d_model": 32, "vocab_size": 1024}
-    for name, config in {
-        "t5": T5Config(**sizes, d_ff=64, num_layers=1, num_heads=4, d_kv=8),
-        "bart": BartConfig(**sizes, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32),
-    }.items():
-        AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path / name)
+    t5 = T5Config(d_model=32, vocab_size=2048, d_ff=64, num_layers=1, num_heads=4, d_kv=8)
+    bart = BartConfig(d_model=32, vocab_size=2048, encoder_layers=1, decoder_layers=1, max_position_embeddings=96)
+    for name, config in {"t5": t5, "bart": bart, "gemma3": Gemma3Config()}.items():
+        config.save_pretrained(tmp_path / name)
     broken = without("tokenizer.json")
     unknown = without("no such file")
     (unknown / "config.json").write_text(json.dumps({"model_type": "of-tomorrow"}))
@@ -162,6 +160,7 @@ def test_what_can_not_be_used_is_refused_with_the_reason_and_the_way_out(tmp_pat
         str(cut): r"the weights of cut lack model\.layers\.2\.\S+ and \d+ more, which LlamaForCausalLM needs",
         str(tmp_path / "t5"): r"t5 \(t5\) is an encoder-decoder: only causal",
         str(tmp_path / "bart"): r"bart \(bart\) is an encoder-decoder: only causal",
+        str(tmp_path / "gemma3"): r"gemma3 \(gemma3\) reads more than text.*save its language model alone",
         str(tmp_path / "nowhere"): "no Hugging Face model folder",
         "gpt3": "'gpt3' is neither a model that .* nor a local Hugging Face folder.*Near it: .*gpt2",
         "someone/nothing-like-it": "is neither a model that Hugging Face's hub gives",

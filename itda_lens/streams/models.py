@@ -314,6 +314,10 @@ def _configuration(source: str, name: str) -> Any:
         ) from e
     if config.is_encoder_decoder:
         raise ValueError(f"{name} ({config.model_type}) is an encoder-decoder: only causal language models can be used")
+    if config.get_text_config() is not config:  # the bridge would install packages to read images
+        raise ValueError(
+            f"{name} ({config.model_type}) reads more than text: save its language model alone in a folder"
+        )
     return config
 
 
