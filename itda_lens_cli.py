@@ -9,7 +9,8 @@ def main() -> None:
     """Read the arguments first, then import `itda_lens`, and do what they say."""
     spec = importlib.util.find_spec("itda_lens")
     assert spec is not None
-    assert (loader := spec.loader) is not None
+    loader = spec.loader
+    assert loader is not None
     # The package without what its __init__ imports; its command line needs none of that until it runs.
     package = importlib.util.module_from_spec(spec)
     sys.modules["itda_lens"] = package
