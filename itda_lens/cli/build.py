@@ -10,6 +10,7 @@ from itda_lens.building import BuildConfig, build
 from itda_lens.cli import loading
 from itda_lens.cli.options import Build
 from itda_lens.sae import ITDA
+from itda_lens.streams import expand_hooks
 
 
 def run(options: Build, console: Console) -> None:
@@ -25,7 +26,7 @@ def run(options: Build, console: Console) -> None:
         lambda: loading.text_named(options.dataset, options, column=options.column),
         lambda: loading.model_named(options.model, options),
     )
-    hooks = loading.expanded(model, options.hooks)
+    hooks = expand_hooks(model, options.hooks)
     _check_free(options, hooks)
     try:
         itdas = build(model, text, hooks, config)

@@ -11,6 +11,7 @@ from itda_lens.cli.options import Compare
 from itda_lens.cli.tables import metrics_table
 from itda_lens.similarity import MatchingConfig, match_dictionaries, match_layers
 from itda_lens.similarity.matching import LayerMatching
+from itda_lens.streams import expand_hooks
 
 
 def run(options: Compare, console: Console) -> None:
@@ -47,5 +48,5 @@ def _match_models(options: Compare) -> LayerMatching:
         lambda: loading.text_named(dataset, options, column=options.column),
         lambda: {name: loading.model_named(name, options) for name in options.models},
     )
-    hooks = loading.expanded(next(iter(models.values())), options.hooks)
+    hooks = expand_hooks(next(iter(models.values())), options.hooks)
     return match_layers(models, text, hooks or None, config)

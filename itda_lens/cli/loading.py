@@ -16,7 +16,7 @@ from itda_lens import embedded
 from itda_lens.cli.options import ModelOptions, TextOptions
 from itda_lens.sae import ITDA
 from itda_lens.streams import HookedModel, load_model, load_text
-from itda_lens.streams import hooks as hook_points
+from itda_lens.streams.models import load_model_of
 
 T = TypeVar("T")
 M = TypeVar("M")
@@ -75,8 +75,7 @@ def model_named(name: str, options: ModelOptions) -> HookedModel:
     if found := _EMBEDDED_MODEL.match(name):
         model = embedded.model(int(found[1] or 0), device=options.device)
         return model if options.dtype == "float32" else model.to(getattr(torch, options.dtype), print_details=False)
-    precision: dict[str, Any] = {} if options.dtype == "float32" else {"dtype": options.dtype}
-    return load_model(name, device=options.device, **precision)
+    return load_model(name, device=options.device, dtype=options.dtype)
 
 
 def model_of(sae: SAE, given: str | None, option: str, options: ModelOptions) -> HookedModel:
@@ -86,8 +85,11 @@ def model_of(sae: SAE, given: str | None, option: str, options: ModelOptions) ->
     name = sae.cfg.metadata.model_name
     if name is None:
         raise ValueError(f"the SAE does not say which model it belongs to: pass {option}")
-    try:
+    if _EMBEDDED_MODEL.match(name):
         return model_named(name, options)
+    try:
+        transformers.utils.logging.disable_progress_bar()
+        return load_model_of(sae.cfg.metadata, device=options.device, dtype=options.dtype)
     except ValueError as e:
         raise ValueError(f"the SAE belongs to {name!r}, which can't be loaded by that name: pass {option}. {e}") from e
 
@@ -100,12 +102,6 @@ def text_and(name: str, text: Callable[[], T], models: Callable[[], M]) -> tuple
         return found, models()
     loaded = models()
     return text(), loaded
-
-
-def expanded(model: HookedModel, hooks: list[str]) -> list[str]:
-    """Hook names with their patterns written out."""
-    expand = getattr(hook_points, "expand_hooks", None)
-    return hooks if expand is None else expand(model, hooks)
 
 
 def text_named(name: str, options: TextOptions, *, column: str | None = None) -> Dataset | IterableDataset:

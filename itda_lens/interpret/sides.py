@@ -13,7 +13,7 @@ from itda_lens.interpret.placing import place
 from itda_lens.interpret.profiles import Profiled, profile_shift
 from itda_lens.interpret.prompts import run_prompts
 from itda_lens.interpret.transfer import source_atoms, transfer
-from itda_lens.provenance import IdentityKind, Provenance
+from itda_lens.provenance import Provenance, shared_kind
 from itda_lens.sae import ITDA
 from itda_lens.streams import HookedModel, canonical_hooks
 
@@ -99,7 +99,7 @@ def atoms_of_one(sides: Sequence[Side], dictionaries: Sequence[ITDA], profiled: 
     for name, own, lacking in (("base", *dictionaries), ("tuned", *reversed(dictionaries))):
         assert own.provenance is not None
         assert lacking.provenance is not None
-        kind: IdentityKind = next(k for k in own.provenance.kinds if k in lacking.provenance.kinds)
+        kind = shared_kind([own.provenance, lacking.provenance])
         held = set(lacking.provenance.identities(kind))
         readable = sides[0].placed(own.provenance) & sides[1].placed(own.provenance)
         identities = enumerate(own.provenance.identities(kind))
