@@ -38,12 +38,18 @@ PAIRS = {
 CONFIG = BuildConfig(k=4, n_atoms=40, tokens=600, context_size=32, progress=False)
 
 
+def small(name: str):
+    config = configuration(name)
+    config.vocab_size = embedded.model(0).cfg.d_vocab  # of the tokenizer
+    return config
+
+
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory):
     """Both kinds of one model, by the name of its configuration; none of them is changed."""
     found = {}
     for name in PAIRS:
-        folder = make(tmp_path_factory.mktemp("model"), configuration(name))
+        folder = make(tmp_path_factory.mktemp("model"), small(name))
         found[name] = (hooked_model_from_folder(folder), SAETransformerBridge.boot_transformers(str(folder)))
     return found
 
@@ -133,9 +139,10 @@ def test_a_dictionary_of_one_kind_of_model_is_used_on_the_other(hosts, built_on)
 
 @pytest.mark.parametrize("kind", ["model", "bridge"])
 def test_an_itda_of_any_hook_with_heads_runs_and_counts_grouped_heads_right(hosts, kind, tmp_path):
-    folder = make(tmp_path, configuration(GROUPED))
     # An SAE changes the hook points of a bridge, so it is not the one of the other tests.
-    model = hosts[GROUPED][0] if kind == "model" else SAETransformerBridge.boot_transformers(str(folder))
+    model = hosts[GROUPED][0]
+    if kind == "bridge":
+        model = SAETransformerBridge.boot_transformers(str(make(tmp_path, small(GROUPED))))
     hooks = {f"blocks.1.attn.hook_{name}": width for name, width in {"q": 32, "k": 16, "v": 16, "z": 32}.items()}
     tokens = torch.randint(5, 1000, (2, 9), generator=torch.Generator().manual_seed(0))
     for hook, itda in build(model, embedded.dataset(), list(hooks), CONFIG).items():

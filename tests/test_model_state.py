@@ -45,15 +45,24 @@ def test_nothing_is_built_or_explained_while_an_sae_is_attached(host, itda):
     assert explain(itda, host, "Return the number of items")
 
 
-def test_hooks_that_were_left_are_named(host):
+@pytest.mark.parametrize("is_permanent", [False, True])
+def test_hooks_that_were_left_are_named(host, is_permanent):
     [name] = canonical_hooks(host, [HOOK]).values()
-    host.add_hook(name, lambda x, hook: x * 2, is_permanent=True)
-    with pytest.warns(UserWarning, match=rf"forward hooks at {name}: .*reset_hooks\(including_permanent=True\)"):
+    host.add_hook(name, lambda x, hook: x * 2, is_permanent=is_permanent)
+    with pytest.warns(UserWarning, match=rf"hooks left at {name}: .*reset_hooks\(including_permanent=True\)"):
         canonical_hooks(host, [HOOK])
     host.reset_hooks(including_permanent=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         canonical_hooks(host, [HOOK])
+
+
+def test_hooks_of_an_open_context_are_meant(host):
+    [name] = canonical_hooks(host, [HOOK]).values()
+    plain = activations_at(host, TOKENS, [name])[name]
+    with host.hooks(fwd_hooks=[(name, lambda x, hook: x * 2)]), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_close(activations_at(host, TOKENS, list(canonical_hooks(host, [HOOK]).values()))[name], 2 * plain)
 
 
 def test_a_forward_pass_ends_at_the_last_hook_and_leaves_nothing_behind(host):

@@ -26,10 +26,12 @@ def check_state(model: Any) -> None:
             "reconstructions: call model.reset_saes(), or leave the `with model.saes(...)` block"
         )
     _mend(model)
-    if hooked := [name for name, point in model.hook_dict.items() if point.fwd_hooks]:
+    # Those of an open `with model.hooks(...)` have a level, and are meant.
+    hooked = [name for name, p in model.hook_dict.items() if any(hook.context_level is None for hook in p.fwd_hooks)]
+    if hooked:
         warnings.warn(
-            f"the model has forward hooks at {', '.join(hooked)}: its activations are those that these "
-            "hooks leave. model.reset_hooks(including_permanent=True) removes them",
+            f"the model has forward hooks left at {', '.join(hooked)}: its activations are what these leave. "
+            "model.reset_hooks(including_permanent=True) removes them",
             stacklevel=3,
         )
 
