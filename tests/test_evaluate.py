@@ -257,7 +257,7 @@ def test_massive_tokens_are_counted_and_left_out_of_the_ordinary_variance(itdas,
 
 def test_a_tokenizer_that_pads_on_the_left_changes_nothing(itdas, data):
     model = embedded.model(0)
-    model.tokenizer.pad_token = model.tokenizer.bos_token
+    model.tokenizer.pad_token, model.cfg.default_prepend_bos = model.tokenizer.bos_token, False
     right, left = [], []
     for side, found in (("right", right), ("left", left)):
         model.tokenizer.padding_side = side
