@@ -536,7 +536,8 @@ def test_16_the_version_stays_and_with_it_the_metadata(tmp_path, built):
 
 def test_18_folding_the_norms_of_unit_rows_changes_nothing(saved):
     itda, x = small_itda(), gaussian(5, D)
-    folded = SAE.load_from_disk(saved, fold_W_dec_norm=True)
+    folded = SAE.load_from_disk(saved)
+    folded.fold_W_dec_norm()
     assert torch.equal(folded.W_dec, itda.W_dec)
     assert torch.equal(folded(x), itda(x))
     assert_close(folded.fold_and_get_W_dec_norm(), torch.ones(N))
