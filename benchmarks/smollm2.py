@@ -18,8 +18,7 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def default_folder() -> Path:
     """Where the model is kept: `$ITDA_SMOLLM2`, or in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    return Path(os.environ.get("ITDA_SMOLLM2", cache / "itda-lens" / "smollm2-135m-instruct"))
+    return Path(os.environ.get("ITDA_SMOLLM2", "~/.cache/itda-lens/smollm2-135m-instruct")).expanduser()
 
 
 def make(folder: Path) -> Path:
@@ -60,6 +59,7 @@ def convert(source: str, folder: str) -> None:
     model = LlamaForCausalLM(LlamaConfig(**settings))
     model.load_state_dict({name: weight.float() for name, weight in packed.state_dict().items()})
     part = Path(f"{folder}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
     model.to(torch.float16).save_pretrained(part)
     AutoTokenizer.from_pretrained(source, gguf_file=FILE).save_pretrained(part)
     part.rename(folder)

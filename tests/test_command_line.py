@@ -12,7 +12,6 @@ from datasets import Dataset, DatasetDict
 
 from itda_lens import ITDA, BuildConfig, cli, embedded, evals, load_model
 from itda_lens.cli import loading
-from itda_lens.streams import hooks
 from tests.conftest import HOOK
 
 COMMANDS = ["quickstart", "build", "eval", "explain", "compare", "diff"]
@@ -210,7 +209,6 @@ def test_less_text_than_asked_for_is_a_warning(saved, tmp_path):
         run("eval", "--saes", saved, "--dataset", tmp_path / "short.txt")
 
 
-@pytest.mark.skipif(not hasattr(hooks, "expand_hooks"), reason="this version has no patterns of hooks")
 def test_hooks_are_patterns(tmp_path):
     run(*BUILD, "--dataset", "embedded", "--hooks", "blocks.0-1.hook_mlp_out", "3", "--out", tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {*(f"blocks.{i}.hook_mlp_out" for i in (0, 1)), HOOK}

@@ -49,7 +49,7 @@ def test_massive_tokens_bend_neither_mean_nor_choice_and_get_the_first_atoms(mas
     first = (~where).flatten().nonzero()[:100, 0] if masked else (~where).flatten()[:100].nonzero()[:, 0]
     torch.testing.assert_close(itda.b_dec.data, x.flatten(0, 1)[first].mean(dim=0))
     # A sink's atom may serve ordinary tokens too, so the choice is nearly the same, and not quite.
-    assert len(set(places(itda)).intersection(places(alone))) > 0.8 * 148
+    assert len(set(places(itda)).intersection(places(alone))) > 0.7 * 148
     left = (itda(sinks) - sinks).norm(dim=-1)
     assert left[where].max() < 2 * x.norm(dim=-1).median()
     assert left[where].max() < 0.02 * sinks[where].norm(dim=-1).min()
@@ -102,9 +102,9 @@ def test_masks_of_any_dtype_are_masks():
 
 @pytest.fixture(scope="module")
 def sinking():
-    """The embedded model with a sink: its BOS is a hundred times as long as it was, which layer norms undo."""
+    """The embedded model with a sink: its BOS is much longer than it was, which layer norms undo."""
     model = embedded.model(0)
-    model.W_E.data[0] *= 500
+    model.W_E.data[0] *= 5000
     return model
 
 
@@ -154,7 +154,7 @@ def test_the_main_call_leaves_a_sink_as_it_is(sinking, built, tokens):
     x = sinking.run_with_cache(tokens, names_filter=HOOK)[1][HOOK].detach()
     assert x[:, 0].norm(dim=-1).min() > 50 * x[:, 1:].norm(dim=-1).median()
     everything, spared = harm(sinking, built, tokens)
-    assert spared > 0.9
+    assert spared > 0.8
     assert everything == pytest.approx(spared, abs=0.005)
     assert (built.encode(x) != 0).sum(dim=-1).max() <= 8
 

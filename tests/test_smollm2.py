@@ -42,7 +42,7 @@ def tokens(smollm2) -> Tensor:
     return next(token_batches(smollm2, embedded.dataset("heldout"), context_size=128, batch_size=6))[0]
 
 
-@pytest.fixture(scope="module", params=["model", "bridge"])
+@pytest.fixture(params=["model", "bridge"])
 def hooked(request, smollm2, built):
     """Each kind of model, with the dictionary under the name that it has for the hook, and the hook."""
     if request.param == "model":
@@ -93,15 +93,8 @@ def test_sinks_are_atoms_and_bend_neither_mean_nor_scores(smollm2, built):
     assert built.b_dec.norm() < 2 * record["typical_norm"]
     assert built.cfg.d_sae == 1024
     saes = {"ITDA": built, "random directions": evals.random_directions(built)}
-    table = evals.evaluate(
-        saes,
-        smollm2,
-        embedded.dataset("heldout"),
-        batch_size=4,
-        n_batches=1,
-        exclude_special_tokens=False,
-        progress=False,
-    )
+    few = {"batch_size": 4, "n_batches": 1, "progress": False}
+    table = evals.evaluate(saes, smollm2, embedded.dataset("heldout"), exclude_special_tokens=False, **few)
     assert table.loc["ITDA", "massive"] >= 4
     assert (table["explained_variance"] > 0.99).all(), "a figure about a few tokens"
     ordinary: pd.Series = table["explained_variance_ordinary"]

@@ -28,7 +28,7 @@ from itda_lens.streams import (
 from itda_lens.streams.datasets import AnyDataset
 from itda_lens.streams.hooks import activation_shapes
 from itda_lens.streams.massive import is_massive
-from itda_lens.streams.models import TransformerBridge
+from itda_lens.streams.metadata import prepends_bos
 
 # Numbers in the widest tensor of a forward pass (128 MB in float32), of which two are held at once.
 _WIDEST = {"cpu": 2**25, "cuda": 2**28}
@@ -123,7 +123,7 @@ class _Layout(NamedTuple):
         metadata: Any = sae.cfg.metadata
         return _Layout(
             metadata.context_size,
-            metadata.prepend_bos is not False,
+            prepends_bos(metadata),
             metadata.pack is not False,
             tuple(metadata.seqpos_slice or (None,)),
         )
@@ -309,11 +309,6 @@ def _places(saes: Mapping[str, SAE[Any]], model: HookedModel) -> dict[str, _Plac
         if sae.use_error_term:
             raise ValueError(f"{name!r} adds its error term, which makes every score 1: set sae.use_error_term = False")
         [hook] = canonical_hooks(model, [metadata.hook_name]).values()
-        if isinstance(model, TransformerBridge) and model.hook_dict[hook].name != hook:
-            raise ValueError(
-                f"an SAE was attached to {hook!r} of this bridge and removed again, after which hooks no longer "
-                "reach it (SAELens's doing): boot the bridge anew"
-            )
         places[name] = _Place(hook, metadata.hook_head_index)
     shapes = activation_shapes(model, {place.hook for place in places.values()})
     for name, (hook, head) in places.items():
