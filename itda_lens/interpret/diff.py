@@ -179,13 +179,9 @@ def _check(
         if dictionary.provenance is None:
             raise ValueError(f"{what} has no provenance, so its atoms can't be found in another model")
         check_model(dictionary.cfg.metadata, model, what)
-        named = [
-            next(iter(canonical_hooks(model, [name]).values())) for name in (dictionary.cfg.metadata.hook_name, hook)
-        ]
-        if named[0] != named[1]:
-            raise ValueError(
-                f"{what} belongs to {dictionary.cfg.metadata.hook_name!r}, and itda to {hook!r}: take one hook"
-            )
+        other: Any = dictionary.cfg.metadata.hook_name
+        if set(canonical_hooks(model, [hook]).values()) != set(canonical_hooks(model, [other]).values()):
+            raise ValueError(f"{what} belongs to {other!r}, and itda to {hook!r}: take one hook")
     for model in (base, tuned):
         canonical_hooks(model, [hook])
     return hook, prepends_bos(metadata)

@@ -39,7 +39,7 @@ def difference(logits: Float[Tensor, "*b v"], expected: Float[Tensor, "*b v"]) -
     Not finite where one of them is not.
 
     Example:
-        >>> difference(torch.tensor([[1.0, -1.0]]), torch.tensor([[0.9, -1.1]]))
+        >>> round(difference(torch.tensor([[1.0, -1.0]]), torch.tensor([[0.9, -1.1]])), 3)
         0.1
     """
     if logits.shape != expected.shape:
