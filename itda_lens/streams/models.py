@@ -35,6 +35,7 @@ HookedModel: TypeAlias = HookedTransformer | TransformerBridge
 _OWN_FORMAT = ("NeelNanda/", "ArthurConmy/", "Baidicoot/")
 """Owners of models that TransformerLens alone can read: there is no Hugging Face model to compare them with."""
 _PATH = "itda_model_path"
+_FINGERPRINT = "itda_model_fingerprint"
 
 
 def is_bridge(model: object) -> TypeGuard[TransformerBridge]:
@@ -81,7 +82,9 @@ def load_model(
     if Path(source).is_dir():
         vars(model)[_PATH] = source
     with _quiet():
-        return cast(Any, model).to(device)
+        model = cast(Any, model).to(device)
+    _fingerprint(model)  # now, before hooks and SAEs are on it
+    return model
 
 
 def hooked_model_from_folder(
@@ -356,15 +359,30 @@ def _check_causal(logits: Tensor, name: str, dtype: torch.dtype) -> None:
         )
 
 
-@torch.no_grad()
 def _fingerprint(model: HookedModel) -> list[float] | None:
-    """Some logits, up to a constant; None where they are not finite."""
+    """Some logits, up to a constant; None where they are not finite. Run again only when the weights have changed."""
+    state = [_state(parameter) for parameter in model.parameters()]
+    known = vars(model).get(_FINGERPRINT)
+    if known is None or known[0] != state:
+        known = vars(model)[_FINGERPRINT] = (state, _some_logits(model))
+    return known[1]
+
+
+@torch.no_grad()
+def _some_logits(model: HookedModel) -> list[float] | None:
     n = min(8, model.cfg.n_ctx)
     spaced = [i * model.cfg.d_vocab // (n + 1) for i in range(1, n + 1)]
     logits = model(torch.tensor([spaced], device=model.cfg.device), prepend_bos=False)[0, -1].float()
     chosen = logits[:: max(1, len(logits) // 32)][:32]
     values = [float(f"{value:.5g}") for value in (chosen - chosen.mean()).tolist()]
     return values if all(map(math.isfinite, values)) else None
+
+
+def _state(parameter: Tensor) -> tuple[int | float, ...]:
+    # Edits of `.data` don't bump the version, so some values stand for the rest.
+    sample = parameter.detach().flatten()[:: 1 + parameter.numel() // 64]
+    version = 0 if parameter.is_inference() else parameter._version
+    return parameter.data_ptr(), version, sample.double().nansum().item()
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
