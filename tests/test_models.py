@@ -209,6 +209,24 @@ def test_two_folders_of_one_name_do_not_pass_for_one_model_nor_does_a_fine_tune(
         check_model(metadata, a)
 
 
+def test_a_model_whose_weights_are_edited_in_memory_is_another_model(folder):
+    edits = {
+        "in place": lambda model: model.blocks[1].mlp.W_out.mul_(1.1),
+        "its data": lambda model: model.blocks[1].mlp.W_out.data.zero_(),
+        "replaced": lambda model: setattr(
+            model.blocks[0].mlp, "W_in", torch.nn.Parameter(model.blocks[1].mlp.W_in * 1)
+        ),
+    }
+    for edit in edits.values():
+        model = load_model(folder("GPT-2"))
+        metadata = SAEMetadata(**model_metadata(model))
+        check_model(metadata, model)
+        with torch.no_grad():
+            edit(model)
+        with pytest.raises(ValueError, match="logits on the same tokens differ"):
+            check_model(metadata, model)
+
+
 def test_one_model_is_itself_in_every_kind_dtype_and_processing(folder):
     path = folder("GPT-2")
     bridge = SAETransformerBridge.boot_transformers(str(path), device="cpu")

@@ -105,7 +105,11 @@ def _expanded(model: HookedModel, hook: str) -> list[str]:
         return [name for name in names if name in _known(model)] or [hook]
     layers = range(int(match["first"]), int(match["last"] or match["first"]) + 1)
     if not layers or layers[-1] >= depth:
-        raise ValueError(f"{model.cfg.model_name} has no layer for {hook!r}: it has {depth} layers: 0 to {depth - 1}")
+        last = f"blocks.{depth - 1}.{rest}"
+        raise ValueError(
+            f"{model.cfg.model_name} has no hook point {hook!r}, since it has {depth} layers: 0 to {depth - 1}."
+            + (f" Near it: {last}" if last in _known(model) else "")
+        )
     return [f"blocks.{i}.{rest}" for i in layers]
 
 

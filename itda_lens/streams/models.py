@@ -36,7 +36,8 @@ HookedModel: TypeAlias = HookedTransformer | TransformerBridge
 
 _OWN_FORMAT = ("NeelNanda/", "ArthurConmy/", "Baidicoot/")
 """Owners of models that TransformerLens alone can read: there is no Hugging Face model to compare them with."""
-_PATH, _FINGERPRINT = "itda_model_path", "itda_fingerprint"
+_PATH = "itda_model_path"
+_FINGERPRINT = "itda_model_fingerprint"
 
 
 def is_bridge(model: object) -> TypeGuard[TransformerBridge]:
@@ -84,7 +85,7 @@ def load_model(
         vars(model)[_PATH] = source
     with _quiet():
         model = cast(Any, model).to(device)
-    _fingerprint(model)
+    _fingerprint(model)  # now, before hooks and SAEs are on it
     return model
 
 
@@ -363,11 +364,11 @@ def _check_causal(logits: Tensor, name: str, dtype: torch.dtype) -> None:
 
 
 def _fingerprint(model: HookedModel) -> list[float] | None:
-    """Some logits, up to a constant; None where they are not finite. Kept until a weight changes."""
-    weights = [(weight.data_ptr(), weight._version, weight.dtype) for weight in model.parameters()]
+    """Some logits, up to a constant; None where they are not finite. Run again only when the weights have changed."""
+    state = [_state(parameter) for parameter in model.parameters()]
     known = vars(model).get(_FINGERPRINT)
-    if known is None or known[0] != weights:
-        known = vars(model)[_FINGERPRINT] = weights, _some_logits(model)
+    if known is None or known[0] != state:
+        known = vars(model)[_FINGERPRINT] = (state, _some_logits(model))
     return known[1]
 
 
@@ -379,6 +380,13 @@ def _some_logits(model: HookedModel) -> list[float] | None:
     chosen = logits[:: max(1, len(logits) // 32)][:32]
     values = [float(f"{value:.5g}") for value in (chosen - chosen.mean()).tolist()]
     return values if all(map(math.isfinite, values)) else None
+
+
+def _state(parameter: Tensor) -> tuple[int | float, ...]:
+    # Edits of `.data` don't bump the version, so some values stand for the rest.
+    sample = parameter.detach().flatten()[:: 1 + parameter.numel() // 64]
+    version = 0 if parameter.is_inference() else parameter._version
+    return parameter.data_ptr(), version, sample.double().nansum().item()
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:

@@ -14,7 +14,7 @@ def normalization_type(model: Any) -> str | None:
         >>> normalization_type(embedded.model())
         'LN'
     """
-    kind = model.cfg.normalization_type
+    kind = getattr(model.cfg, "normalization_type", None)
     folded = getattr(model, "_weights_processed", False)  # a bridge's configuration does not say so
     return f"{kind.removesuffix('Pre')}Pre" if kind and folded else kind
 

@@ -1,6 +1,7 @@
 """What was left on a model by others, looked at before its activations are taken."""
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -25,9 +26,10 @@ def check_state(model: Any) -> None:
             f"an SAE is attached at {', '.join(attached)} of {model.cfg.model_name}, so that its activations would be "
             "reconstructions: call model.reset_saes(), or leave the `with model.saes(...)` block"
         )
-    _mend(model)
+    points = getattr(model, "hook_dict", {})
+    _mend(model, points)
     # Those of an open `with model.hooks(...)` have a level, and are meant.
-    hooked = [name for name, p in model.hook_dict.items() if any(hook.context_level is None for hook in p.fwd_hooks)]
+    hooked = [name for name, p in points.items() if any(hook.context_level is None for hook in p.fwd_hooks)]
     if hooked:
         warnings.warn(
             f"the model has forward hooks left at {', '.join(hooked)}: its activations are what these leave. "
@@ -36,9 +38,9 @@ def check_state(model: Any) -> None:
         )
 
 
-def _mend(model: Any) -> None:
+def _mend(model: Any, points: Mapping[str, Any]) -> None:
     # Where an SAE was on a bridge, SAELens leaves a hook point that is not found by its name and splits no heads.
-    for name, point in model.hook_dict.items():
+    for name, point in points.items():
         if "." in name and "." not in (point.name or ""):
             point.name = name
             block, is_of_attention, _ = name.partition(".attn.")
