@@ -34,7 +34,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def difference(logits: Float[Tensor, "*b v"], expected: Float[Tensor, "*b v"]) -> float:
-    """The root mean square difference of logits as a share of their standard deviation, where it is largest.
+    """The root mean square difference of logits as a share of their standard deviation, averaged over tokens.
 
     Not finite where one of them is not.
 
@@ -46,7 +46,7 @@ def difference(logits: Float[Tensor, "*b v"], expected: Float[Tensor, "*b v"]) -
         return torch.inf
     logits, expected = logits.double(), expected.double()
     spread = expected.std(dim=-1, correction=0).clamp_min(torch.finfo(torch.float32).tiny)
-    return ((logits - expected).square().mean(dim=-1).sqrt() / spread).max().item()
+    return ((logits - expected).square().mean(dim=-1).sqrt() / spread).mean().item()
 
 
 def border(config: Any, n_ctx: int | None) -> int:
