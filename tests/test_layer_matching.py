@@ -147,7 +147,7 @@ def test_a_short_stream_is_noted(models):
 
 
 QUICK = MatchingConfig(
-    tokens=1000, sample=200, n_atoms=60, dictionaries=2, small_atoms=30, beginning=200, permutations=3, seed=5
+    tokens=1000, sample=400, n_atoms=60, dictionaries=2, small_atoms=30, beginning=200, permutations=3, seed=5
 )
 PAIR = ("seed 0", "seed 1")
 
@@ -171,7 +171,7 @@ def quick(models, activations) -> tuple[LayerMatching, list[list[torch.Tensor]]]
         for name, measure in new.items():
             patch.setitem(MEASURES, name, measure)
         found = match_layers(models, embedded.dataset("heldout"), HOOKS, QUICK)
-    sampled = torch.randperm(1000, generator=torch.Generator().manual_seed(5))[:200].sort().values
+    sampled = torch.randperm(1000, generator=torch.Generator().manual_seed(5))[:400].sort().values
     return found, [[x[sampled] for x in layers] for layers in activations.values()]
 
 
@@ -192,7 +192,7 @@ def test_every_measure_that_is_declared_is_in_the_table_and_calibrated(quick):
         assert found.calibrations[name][PAIR].similarity.numpy() == pytest.approx(found.matrices[name][PAIR].numpy())
     assert found.table().loc["by moments", "with_self"] > found.table().loc["by moments", "accuracy"] - 1e-9
     assert "too much" not in found.matrices
-    assert "too much is left out: it needs 1,000,000 tokens at these widths, and has 200" in " ".join(found.notes)
+    assert "too much is left out: it needs 1,000,000 tokens at these widths, and has 400" in " ".join(found.notes)
 
 
 def test_the_table_and_the_calibration_have_the_same_anchors_from_the_seed(quick):
@@ -239,12 +239,12 @@ def test_where_moments_would_not_fit_linear_measures_are_of_the_sample(models, a
     monkeypatch.setattr("itda_lens.similarity.gathered.LIMIT_GIB", 1e-3)
     config = MatchingConfig(**{**vars(QUICK), "permutations": 0, "seed": 0})
     found = match_layers(models, embedded.dataset("heldout"), HOOKS, config)
-    sampled = torch.randperm(1000, generator=torch.Generator().manual_seed(0))[:200].sort().values
+    sampled = torch.randperm(1000, generator=torch.Generator().manual_seed(0))[:400].sort().values
     a, b = ([x[sampled] for x in layers] for layers in activations.values())
     for name in ("linear_cka", "procrustes", "svcca", "linear_regression_r2"):
         expected = [[MEASURES[name].compare(x, y) for y in b] for x in a]
         assert found.matrices[name][PAIR].numpy() == pytest.approx(np.array(expected), abs=1e-4)
-    assert "linear measures are of the 200 sampled tokens" in found.notes[0]
+    assert "linear measures are of the 400 sampled tokens" in found.notes[0]
 
 
 @pytest.mark.parametrize(
