@@ -37,7 +37,7 @@ def main(arguments: argparse.Namespace) -> None:
     itdas, costs = built(model, hooks, config)
     print(pd.DataFrame(costs).to_string())
     scored = table(model, itdas, config, arguments.rows)
-    print(scored.round(4).to_string())
+    print(scored.to_string(float_format="{:.4f}".format))
     bridge = SAETransformerBridge.boot_transformers(str(folder), device="cpu")
     harm = pd.DataFrame(main_call(model, bridge, itdas, arguments.rows))
     print(harm.round(4).to_string())
@@ -87,7 +87,8 @@ def built(model: Any, hooks: list[str], config: BuildConfig) -> tuple[dict[str, 
     for row in rows:
         row["tokens_per_cpu_second"] = tokens / row["cpu_seconds"]
         row["share_of_the_model"] = row["cpu_seconds"] / busy["model"]
-        row["sinks"] = itdas[row["what"]].cfg.metadata.itda_build["sinks"] if row["what"] in itdas else None
+        if row["what"] in itdas:
+            row["sinks"] = itdas[row["what"]].cfg.metadata.itda_build["sinks"]
     return itdas, rows
 
 
@@ -103,7 +104,8 @@ def table(model: Any, itdas: dict[str, ITDA], config: BuildConfig, rows: int) ->
     names = pd.MultiIndex.from_tuples([tuple(name.split("|")) for name in found.index], names=["hook", "sae", "seed"])
     grouped = found.set_index(names).groupby(["hook", "sae"], sort=False)
     spread = grouped[COLUMNS[:3]].std().add_suffix("_std")
-    return pd.concat([grouped.mean(), spread], axis=1)
+    joined = pd.concat([grouped.mean(), spread], axis=1)
+    return joined.astype(object).where(joined.notna(), None)  # a single dictionary has no spread
 
 
 @torch.no_grad()
