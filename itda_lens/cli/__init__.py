@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None, *, load: Callable[[], None] | None 
         if load is not None:
             load()
         command = importlib.import_module(f"itda_lens.cli.{name}")
-        command.run(options, Console(width=None if sys.stdout.isatty() else 120, emoji=False))
+        command.run(options, Console(width=None if sys.stdout.isatty() else 150, emoji=False))
 
 
 def _parse(arguments: list[str]) -> tuple[str, Any]:

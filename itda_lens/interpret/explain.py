@@ -8,6 +8,7 @@ from itda_lens.provenance import same_tokenizer
 from itda_lens.sae import ITDA
 from itda_lens.streams import HookedModel, canonical_hooks, check_model, tokenize
 from itda_lens.streams.activations import forward
+from itda_lens.streams.metadata import prepends_bos
 
 
 class Term(NamedTuple):
@@ -63,7 +64,7 @@ def explain(
         raise ValueError("the metadata of this dictionary lacks hook_name: set itda.cfg.metadata.hook_name")
     check_model(metadata, model)
     hooks = canonical_hooks(model, [metadata.hook_name])
-    tokens = tokenize(model, prompt, prepend_bos=metadata.prepend_bos is not False)[None]
+    tokens = tokenize(model, prompt, prepend_bos=prepends_bos(metadata))[None]
     length = tokens.shape[1]
     if not prompt or length > model.cfg.n_ctx:
         raise ValueError(f"the prompt has {length} tokens, and {metadata.model_name} takes 1 to {model.cfg.n_ctx}")
