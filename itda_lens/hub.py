@@ -122,6 +122,7 @@ def _atoms_section(name: str, provenance: Provenance | None) -> str:
 
 def _with_provenance(itda: ITDA, published: str) -> ITDA:
     copy = itda.with_k(itda.cfg.k)
+    copy.cfg.metadata.model_path = None  # a folder on this machine, which says who works here
     if published == "none" or itda.provenance is None:
         copy.provenance = None
     elif published == "positions":

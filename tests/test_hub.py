@@ -56,6 +56,9 @@ def test_17_what_is_uploaded_comes_back_whole_and_its_page_says_how(hub, built):
         assert isinstance(loaded, ITDA)
         assert torch.equal(loaded(x), built(x))
         assert loaded.provenance.identities() == built.provenance.identities()
+    assert Path(built.cfg.metadata.model_path).is_absolute()
+    for path in hub.rglob("*.*"):
+        assert built.cfg.metadata.model_path.encode() not in path.read_bytes()
     page = (hub / "README.md").read_text()
     code = page[page.index("```python") + 9 : page.index("```", page.index("```python") + 9)]
     scope: dict[str, object] = {}
