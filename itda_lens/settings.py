@@ -41,7 +41,7 @@ class BuildConfig:
     pack: bool = True
     """Join documents and cut them (as SAELens does); otherwise one document is one row."""
     exclude_special_tokens: bool = True
-    """Never take BOS, EOS or padding for an atom."""
+    """Never take BOS, EOS or padding for an atom, but for massive ones (attention sinks)."""
     hook_head_index: int | None = None
     """Take this attention head alone, at hooks that have heads."""
     seqpos_slice: tuple[int | None, ...] = (None,)

@@ -83,6 +83,18 @@ def test_a_builder_that_is_saved_or_goes_on_knows_its_sinks():
     assert places(again)[:150] == places(expected)
 
 
+@pytest.mark.parametrize("cut", [3, 10])
+def test_a_builder_saved_by_an_earlier_version_goes_on(cut):
+    """Its state knows of no sinks, and of what is held back not what was masked."""
+    x = stream()
+    state = fed(sized(), x[:cut]).state_dict()
+    del state["sink"], state["scale"]
+    state["held_back"] = state["held_back"][:3]
+    builder = sized()
+    builder.load_state_dict(state)
+    assert places(fed(builder, x[cut:]).to_itda()) == places(fed(sized(), x).to_itda())
+
+
 def test_a_dictionary_without_centering_takes_tokens_as_they_come():
     sinks, _ = with_sinks(stream())
     itda = fed(DictionaryBuilder(D, K, threshold=0.3, center=False), sinks).to_itda()

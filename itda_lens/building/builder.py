@@ -312,13 +312,18 @@ class DictionaryBuilder:
                 raise ValueError(f"the saved builder has {name}={saved!r}, this one {name}={value!r}: make it alike")
         own = self._state
         own.dictionary = GrowingDictionary(self.d_in, self.device)
-        own.dictionary.extend(*(state[name] for name in ("atoms", "row", "position", "admission", "sink")))
-        own.scale = state["scale"]
+        # States of earlier versions know of no sinks.
+        places = state["row"], state["position"]
+        own.dictionary.extend(state["atoms"], *places, state["admission"], state.get("sink"))
+        own.scale = state.get("scale", 0.0)
         own.bias = state["bias"].to(self.device, copy=True)
         own.tally = Tally(**state["tally"])
         own.sizing.load_state_dict(state["sizing"])
         self._bias_is_known = state["bias_is_known"]
-        self._held_back = [tuple(state["held_back"])] if state["held_back"] else []
+        self._held_back = []
+        if held := state["held_back"]:
+            masked_in = held[3] if len(held) > 3 else torch.ones_like(held[1], dtype=torch.bool)
+            self._held_back = [(held[0], held[1], held[2], masked_in)]
         self._sequences = dict(state["sequences"])
         self._rows_seen = state["rows_seen"]
         self._metadata = copy.deepcopy(state["metadata"])
