@@ -9,7 +9,7 @@ LOWEST := .venv-lowest
 # Two threads that fight for a core are slower than one: the tests are many small computations.
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test test-smollm2 test-tools test-lowest bench compatibility lint types format clean
+.PHONY: quickstart test test-smollm2 test-tools test-lowest bench attack compatibility lint types format clean
 
 quickstart: $(VENV)/installed
 	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/itda-lens quickstart
@@ -39,6 +39,10 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/building.py --write
 	$(BIN)/python benchmarks/saelens.py --write
 	$(BIN)/python benchmarks/layer_matching.py --write layer_matching_embedded
+
+# Numerics, files, kills and untrusted text, by the thousand: see docs/reliability.md.
+attack: $(VENV)/installed
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m benchmarks.attack --write
 
 compatibility: $(VENV)/installed $(TOOLS)/installed
 	$(TEST_ENV) $(BIN)/python -m pytest tests --compatibility docs/compatibility.md
