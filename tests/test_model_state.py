@@ -8,7 +8,7 @@ from sae_lens import HookedSAETransformer
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from torch.testing import assert_close
 
-from itda_lens import BuildConfig, build, embedded
+from itda_lens import BuildConfig, build, embedded, load_model
 from itda_lens.interpret import explain, transfer
 from itda_lens.streams import canonical_hooks, check_model, hooked_model_from_folder
 from itda_lens.streams.activations import activations_at
@@ -110,6 +110,19 @@ def test_a_bridge_from_which_an_sae_was_removed_is_hooked_as_before(itda):
         seen = []
         bridge.run_with_hooks(TOKENS, fwd_hooks=[(name, lambda x, hook, seen=seen: seen.append(x))])
         assert_close(seen[0], activations_at(before, TOKENS, [name])[name])
+
+
+@pytest.mark.parametrize("hook", [HOOK, Z])
+def test_a_bridge_that_was_loaded_here_runs_its_hooks_after_an_sae_was_on_it(hook):
+    bridge = load_model(embedded.path(0), bridge=True)
+    itda = build(bridge, embedded.dataset(), hook, CONFIG)[hook]
+    zeros = {"fwd_hooks": [(itda.cfg.metadata.hook_name, lambda x, hook: torch.zeros_like(x))]}
+    before = bridge.run_with_hooks(TOKENS, **zeros)
+    bridge.run_with_saes(TOKENS, saes=itda)
+    with bridge.saes(saes=itda):
+        pass
+    assert_close(bridge.run_with_hooks(TOKENS, **zeros), before)
+    assert not torch.allclose(before, bridge(TOKENS), atol=0.1)
 
 
 @torch.no_grad()

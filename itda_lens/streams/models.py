@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from itda_lens.provenance import tokenizer_digest
 from itda_lens.streams import agreement
+from itda_lens.streams.bridge import LastingBridge
 from itda_lens.streams.processing import check_processing, normalization_type
 from itda_lens.streams.state import check_state
 
@@ -50,6 +51,7 @@ def load_model(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str = torch.float32,
+    bridge: bool = False,
 ) -> HookedSAETransformer | SAETransformerBridge:
     """Any causal language model of Hugging Face, as one to which SAEs can be attached, with unprocessed weights.
 
@@ -61,6 +63,7 @@ def load_model(
         name_or_folder: a Hugging Face folder, also a snapshot of its cache, or a name on the hub or of TransformerLens.
         device: where the weights go.
         dtype: of the weights, such as `torch.bfloat16` or `"bfloat16"`.
+        bridge: take a `SAETransformerBridge` also where a `HookedSAETransformer` computes the same.
 
     Raises:
         ValueError: there is no such model, it is not a causal language model, it lacks weights or a tokenizer, or
@@ -70,15 +73,19 @@ def load_model(
         >>> from itda_lens import embedded
         >>> load_model(embedded.path(0), dtype="bfloat16").cfg.n_ctx
         128
+        >>> isinstance(load_model(embedded.path(0), bridge=True), SAETransformerBridge)
+        True
     """
     dtype = _dtype(dtype)
     _check_device(device)
     source, name = _locate(os.fspath(name_or_folder))
     if source.startswith(_OWN_FORMAT):
+        if bridge:
+            raise ValueError(f"{source} is in a format of its own, which no bridge reads: leave out bridge=True")
         with _quiet():
             model = HookedSAETransformer.from_pretrained_no_processing(source, device=str(device), dtype=dtype)
         return cast(HookedSAETransformer, model)
-    model = _verified(source, name, dtype)
+    model = _verified(source, name, dtype, bridge)
     model.cfg.model_name = name
     model.cfg.tokenizer_name = source
     if Path(source).is_dir():
@@ -127,7 +134,7 @@ def model_metadata(model: HookedModel) -> dict[str, Any]:
     """What the metadata of an SAE says of the model that it belongs to."""
     return {
         "model_name": model.cfg.model_name,
-        "model_class_name": type(model).__name__,
+        "model_class_name": "TransformerBridge" if is_bridge(model) else "HookedTransformer",
         "model_normalization": normalization_type(model),
         "model_path": vars(model).get(_PATH),
         "model_fingerprint": _fingerprint(model),
@@ -219,7 +226,9 @@ def official_name(name: str) -> str:
         ) from None
 
 
-def _verified(source: str, name: str, dtype: torch.dtype) -> HookedSAETransformer | SAETransformerBridge:
+def _verified(
+    source: str, name: str, dtype: torch.dtype, bridge: bool
+) -> HookedSAETransformer | SAETransformerBridge:
     """The first kind of model that computes what Hugging Face's own does."""
     config = _configuration(source, name)
     tokenizer = _tokenizer(source, name)
@@ -232,9 +241,9 @@ def _verified(source: str, name: str, dtype: torch.dtype) -> HookedSAETransforme
     expected = [agreement.run(hf_model, head, n_layers, probe) for probe in probes]
     _check_causal(expected[0], name, dtype)
     found: list[str] = []
-    kinds = _kinds(name)
-    if agreement.border(text, n_ctx) > agreement.LONGEST:  # too far to compare: only Hugging Face's own code is safe
-        kinds = {"TransformerBridge": _bridged}
+    # Where the border is too far to compare, only Hugging Face's own code is safe.
+    bridge = bridge or agreement.border(text, n_ctx) > agreement.LONGEST
+    kinds = {"TransformerBridge": _bridged} if bridge else _kinds(name)
     for kind, make in kinds.items():
         try:
             model = make(hf_model, tokenizer, source, dtype, n_ctx)
@@ -285,7 +294,7 @@ def _hooked_by_configuration(
 def _bridged(hf_model: Any, tokenizer: Any, source: str, dtype: torch.dtype, n_ctx: int | None) -> SAETransformerBridge:
     hf_model.set_attn_implementation("eager")  # the others give no patterns to the hooks
     with _quiet():
-        model = SAETransformerBridge.boot_transformers(source, hf_model=hf_model, tokenizer=tokenizer, dtype=dtype)
+        model = LastingBridge.boot_transformers(source, hf_model=hf_model, tokenizer=tokenizer, dtype=dtype)
     if n_ctx is not None:
         model.cfg.n_ctx = n_ctx
     return model

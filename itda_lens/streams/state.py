@@ -1,7 +1,6 @@
 """What was left on a model by others, looked at before its activations are taken."""
 
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 
@@ -27,7 +26,7 @@ def check_state(model: Any) -> None:
             "reconstructions: call model.reset_saes(), or leave the `with model.saes(...)` block"
         )
     points = getattr(model, "hook_dict", {})
-    _mend(model, points)
+    mend_hooks(model)
     # Those of an open `with model.hooks(...)` have a level, and are meant.
     hooked = [name for name, p in points.items() if any(hook.context_level is None for hook in p.fwd_hooks)]
     if hooked:
@@ -38,9 +37,9 @@ def check_state(model: Any) -> None:
         )
 
 
-def _mend(model: Any, points: Mapping[str, Any]) -> None:
-    # Where an SAE was on a bridge, SAELens leaves a hook point that is not found by its name and splits no heads.
-    for name, point in points.items():
+def mend_hooks(model: Any) -> None:
+    """Where an SAE was on a bridge, SAELens leaves a hook point that is not found by its name and splits no heads."""
+    for name, point in getattr(model, "hook_dict", {}).items():
         if "." in name and "." not in (point.name or ""):
             point.name = name
             block, is_of_attention, _ = name.partition(".attn.")
