@@ -207,6 +207,16 @@ def test_the_baselines_keep_the_sinks(sinking, built, tokens):
         assert everything == pytest.approx(spared, abs=0.01)
 
 
+def test_random_activations_are_drawn_among_ordinary_tokens(sinking):
+    [itda] = build(sinking, embedded.dataset(), [HOOK], BuildConfig(exclude_special_tokens=False, **QUICK)).values()
+    record = itda.cfg.metadata.itda_build
+    assert record["sinks"] >= 1
+    rows = torch.eye(itda.cfg.d_in).repeat(1 + record["tokens_judged"] // itda.cfg.d_in, 1)
+    of_all_tokens = itda.with_atoms(rows[: record["tokens_judged"]])  # as many atoms as tokens: all are drawn
+    drawn = evals.random_activations(of_all_tokens, sinking, embedded.dataset()).atoms[record["sinks"] :]
+    assert (drawn @ itda.atoms[0]).max() < 0.99, "BOS was not judged"
+
+
 def test_evaluate_counts_massive_tokens_and_shows_the_variance_without_them(sinking, built):
     table = evals.evaluate(
         built,

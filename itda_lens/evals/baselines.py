@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 from itda_lens.sae import ITDA, NonnegativeView
 from itda_lens.streams import HookedModel, activation_batches, canonical_hooks, check_model, load_text
 from itda_lens.streams.datasets import AnyDataset
+from itda_lens.streams.massive import is_massive
 from itda_lens.streams.metadata import prepends_bos
 
 
@@ -122,12 +123,15 @@ class _Draw:
             raise ValueError(f"{name} has {n:,} atoms, but only {judged:,} tokens were judged when it was built")
         drawn = torch.randperm(judged, generator=torch.Generator().manual_seed(seed))[:n]
         self._drawn, self._parts = drawn.sort().values, cast(list[Tensor], [])
-        self.end = int(self._drawn[-1]) + 1 if n else 0
+        self._typical_norm = metadata.itda_build.get("typical_norm") or torch.inf
+        self.end, self.seen = int(self._drawn[-1]) + 1 if n else 0, 0
 
-    def take(self, x: Float[Tensor, "t d"], seen: int) -> None:
-        """What is drawn of the next tokens, after `seen` ones."""
-        inside = self._drawn[(self._drawn >= seen) & (self._drawn < seen + len(x))] - seen
+    def take(self, x: Float[Tensor, "t d"]) -> None:
+        """What is drawn of the next tokens. Massive ones were not judged, and are passed over."""
+        x = x[~is_massive((x.float() - self._like.b_dec.to(x.device)).norm(dim=-1), self._typical_norm)]
+        inside = self._drawn[(self._drawn >= self.seen) & (self._drawn < self.seen + len(x))] - self.seen
         self._parts.append(x[inside.to(x.device)].float())
+        self.seen += len(x)
 
     @torch.no_grad()
     def itda(self) -> ITDA:
@@ -143,18 +147,17 @@ def _fill(
     others = dict(settings)
     data = load_text(dataset, column=others.pop("column"))
     hooks = canonical_hooks(model, list(dict.fromkeys(draw.hook for draw in draws)))
-    wanted, seen = max(draw.end for draw in draws), 0
     for batch in activation_batches(model, data, hooks, **others):
         mask = batch.mask.to(model.cfg.device)
         at_hooks = {hook: x[mask] for hook, x in batch.activations.items()}
         for draw in draws:
-            draw.take(at_hooks[draw.hook], seen)
-        seen += int(mask.sum())
-        if seen >= wanted:
+            draw.take(at_hooks[draw.hook])
+        if all(draw.seen >= draw.end for draw in draws):
             return
+    short = next(draw for draw in draws if draw.seen < draw.end)
     raise ValueError(
-        f"the stream has {seen:,} tokens, and the token number {wanted:,} of what was read at building was drawn: give "
-        "the dataset that it was built on"
+        f"the stream has {short.seen:,} tokens, and the token number {short.end:,} of what was read at building was "
+        "drawn: give the dataset that it was built on"
     )
 
 

@@ -226,9 +226,7 @@ def official_name(name: str) -> str:
         ) from None
 
 
-def _verified(
-    source: str, name: str, dtype: torch.dtype, bridge: bool
-) -> HookedSAETransformer | SAETransformerBridge:
+def _verified(source: str, name: str, dtype: torch.dtype, bridge: bool) -> HookedSAETransformer | SAETransformerBridge:
     """The first kind of model that computes what Hugging Face's own does."""
     config = _configuration(source, name)
     tokenizer = _tokenizer(source, name)
