@@ -13,7 +13,7 @@ from sae_lens import SAE
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from torch import Tensor
 
-from itda_lens import ITDA, BuildConfig, build, embedded, evals, interpret, load_model
+from itda_lens import ITDA, BuildConfig, build, embedded, evals, interpret, load_model, similarity
 from itda_lens.streams import special_token_ids, token_batches
 from tests.test_sinks import as_before_sinks_had_atoms
 
@@ -106,3 +106,13 @@ def test_its_atoms_explain_a_prompt(smollm2, built):
     assert explanation.token == " Paris"
     assert len(explanation.terms) == 3
     assert 0 < explanation.relative_error < 0.5
+
+
+def test_its_layers_are_matched_with_its_own_on_a_bridge(smollm2):
+    other = load_model(FOLDER, bridge=True)
+    hooks = [f"blocks.{layer}.hook_resid_post" for layer in (8, 20)]
+    few = {"tokens": 1200, "sample": 800, "n_atoms": 200, "dictionaries": 4, "small_atoms": 60, "beginning": 1000}
+    config = similarity.MatchingConfig(**few, permutations=0, progress=False)
+    found = similarity.match_layers({"model": smollm2, "bridge": other}, embedded.dataset(), hooks, config=config)
+    accuracy: pd.Series = found.table()["accuracy"]
+    assert accuracy["linear_cka"] == accuracy["mutual_knn"] == accuracy["graded membership"] == 1
