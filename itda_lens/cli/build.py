@@ -43,11 +43,11 @@ def run(options: Build, console: Console) -> None:
 
 
 def _check_free(options: Build, hooks: list[str]) -> None:
-    if options.overwrite:
-        return
     for folder in (options.out / f"{hook}{ending}" for hook in hooks for ending in ("", ".partial")):
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"{folder} holds an SAE or other files already: name another --out, or pass --overwrite")
+        saving.check_folder(folder)
+        if not options.overwrite and folder.exists() and any(folder.iterdir()):
+            found = "an SAE" if (folder / "cfg.json").exists() else "files"
+            raise ValueError(f"{folder} holds {found} already: name another --out, or pass --overwrite")
 
 
 def _check_room(options: Build, widths: list[int]) -> None:

@@ -45,7 +45,7 @@ def explain(
         n_terms: how many atoms to name for each; all of them if not given.
 
     Raises:
-        ValueError: the prompt is empty or too long, a position is not in it, the dictionary has no prompts, or it
+        ValueError: `n_terms` is below 1, the prompt is empty or too long, a position is not in it, the dictionary has no prompts, or it
             belongs to another model or to a hook point that the model does not have.
 
     Example:
@@ -57,6 +57,8 @@ def explain(
         >>> explanation.token, len(explanation.terms)
         (' items', 5)
     """
+    if n_terms is not None and n_terms < 1:
+        raise ValueError(f"n_terms must be at least 1, got {n_terms}")
     if itda.provenance is None or "text" not in itda.provenance.kinds:
         raise ValueError("this dictionary's atoms have no prompts: build it with a tokenizer")
     metadata: Any = itda.cfg.metadata
