@@ -13,6 +13,8 @@ from itda_lens.streams.models import check_device
 
 def run(options: Diff, console: Console) -> None:
     check_device(options.device)
+    if options.rows < 1:
+        raise ValueError(f"rows must be at least 1, got {options.rows}")
     if options.out is not None:
         saving.check_folder(options.out)
     itda = loading.load_itda(options.itda, options.device)
