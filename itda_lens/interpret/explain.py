@@ -45,8 +45,8 @@ def explain(
         n_terms: how many atoms to name for each; all of them if not given.
 
     Raises:
-        ValueError: `n_terms` is below 1, the prompt is empty or too long, a position is not in it, the dictionary has no
-            prompts, or it belongs to another model or to a hook point that the model does not have.
+        ValueError: `n_terms` is below 1, the prompt is empty or too long, a position is not in it, the dictionary has
+            no prompts, or it belongs to another model or to a hook point that the model does not have.
 
     Example:
         >>> from itda_lens import BuildConfig, build, embedded
