@@ -62,10 +62,12 @@ def run(scale: float, seed: int) -> list[dict[str, Any]]:
         ):
             tried, failed = 0, []
             for name, text in chosen.items():
-                for fault in surface(text):
-                    tried += 1
-                    if fault is not None:
-                        failed.append(f"{name}: {fault}")
+                try:
+                    found = [*surface(text)]
+                except AssertionError as e:
+                    found = [str(e)]
+                tried += len(found)
+                failed += [f"{name}: {fault}" for fault in found if fault is not None]
             about = (surface.__doc__ or "").strip().rstrip(".")
             rows.append({"surface": about, "strings": len(chosen), "outputs": tried, "got through": len(failed)})
             rows[-1]["first of them"] = failed[0] if failed else ""

@@ -66,6 +66,12 @@ def explain(
         raise ValueError("the metadata of this dictionary lacks hook_name: set itda.cfg.metadata.hook_name")
     check_model(metadata, model)
     hooks = canonical_hooks(model, [metadata.hook_name])
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(
+            f"the prompt holds {prompt[e.start]!r}, half of a character, at {e.start}: leave it out"
+        ) from e
     tokens = tokenize(model, prompt, prepend_bos=prepends_bos(metadata))[None]
     length = tokens.shape[1]
     if not prompt or length > model.cfg.n_ctx:
