@@ -36,7 +36,7 @@ _BUILD = ["--model", "embedded", "-k", 4, "--n-atoms", 40, "--tokens", 1000, "--
 _STYLE = re.compile(r"\x1b\[[0-9;]*m")
 _LIVE = re.compile(r"\x1b\[\?25[lh]|\x1b\[\d*[AK]|\r")
 _PROGRESS = re.compile(r"\r[^\r\n]*(?:\d+%\||\d+ examples)[^\r\n]*")
-_ENCODINGS = ("ascii", "latin-1", "cp1252", "cp437", "koi8-r")
+_ENCODINGS = ("ascii", "cp1252", "koi8-r")
 
 
 def run(scale: float, seed: int) -> list[dict[str, Any]]:
