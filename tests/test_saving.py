@@ -10,14 +10,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from matplotlib.image import imread
 
-from itda_lens import ITDA, cli
+from itda_lens import ITDA, cli, embedded
 from itda_lens.cli import loading, saving
 from tests.conftest import HOOK
 
@@ -148,6 +147,11 @@ def test_a_disk_that_fills_up_while_saving_costs_no_hook(small_disk, tmp_path, e
     assert len(there) >= 1
     assert {ITDA.load_from_disk(folder).cfg.metadata.hook_name for folder in (*here, *there)} == {*HOOKS}
     assert all(str(folder) in message for folder in there)
+
+
+def test_a_folder_whose_weights_could_not_be_read_again_is_refused(no_model, tmp_path, capsys):
+    message = fails(capsys, *BUILD, "--hooks", HOOK, "--out", f"{tmp_path}/a\udcff")
+    assert rf"{tmp_path}/a\udcff is not UTF-8" in message
 
 
 # What is done when the writing fails after the work.
@@ -360,16 +364,22 @@ def test_a_lock_is_held_by_one_of_many(tmp_path):
 # What ends a process.
 
 
-def test_a_build_that_is_told_to_end_leaves_what_it_has(tmp_path):
-    arguments = [*BUILD, "--hooks", HOOK, "--out", tmp_path, "--tokens", 10**9, "--n-atoms", 200]
-    code = "import sys; from itda_lens import cli; cli.main(sys.argv[1:])"
-    process = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stderr=subprocess.PIPE, text=True)
-    lock = tmp_path / f".{HOOK}.lock"
-    while not lock.exists() and process.poll() is None:
-        time.sleep(0.1)
-    time.sleep(2)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert (process.returncode, err.splitlines()[-1]) == (130, "itda-lens: stopped")
-    assert ITDA.load_from_disk(tmp_path / f"{HOOK}.partial").cfg.d_sae > 0
-    assert not lock.exists()
+def test_a_build_that_is_told_to_end_leaves_what_it_has(tmp_path, capsys, monkeypatch):
+    calls = 0
+
+    def told(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    model = embedded.model(0)
+    model.blocks[0].register_forward_pre_hook(told)
+    monkeypatch.setattr(embedded, "model", lambda seed, device: model)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        run(*BUILD, "--hooks", *HOOKS, "--out", tmp_path, "--tokens", 50_000)
+    assert (stopped.value.code, capsys.readouterr().err) == (130, "itda-lens: stopped\n")
+    assert {path.name for path in tmp_path.iterdir()} == {f"{hook}.partial" for hook in HOOKS}
+    assert all(ITDA.load_from_disk(folder).cfg.d_sae > 10 for folder in tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) == before

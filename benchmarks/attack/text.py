@@ -208,6 +208,7 @@ class _Attacks:
         """A new folder of this name, where a file system takes it."""
         folder = self.folder / str(next(self._count)) / re.sub("[/\0]", "_", text)
         try:
+            text.encode()
             folder.mkdir(parents=True)
         except (OSError, UnicodeEncodeError):
             return None

@@ -49,6 +49,12 @@ def check_folder(path: Path) -> None:
     """Raise a ValueError where a folder can't be made, or files in it."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file: name a folder")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(
+            f"{path} is not UTF-8, so safetensors could not read what is in it: name another folder"
+        ) from e
     _check_writable(path)
 
 
