@@ -8,6 +8,7 @@ from typing import Any, Literal
 from huggingface_hub import HfApi
 from sae_lens.training.upload_saes_to_huggingface import upload_saes_to_huggingface
 
+from itda_lens.plain_text import markdown, one_line
 from itda_lens.provenance import Provenance
 from itda_lens.sae import ITDA
 
@@ -69,6 +70,8 @@ def upload(
 def readme(itdas: Mapping[str, ITDA], repo_id: str) -> str:
     """The page of a repository: what each dictionary is, how to load it, and some of its atoms.
 
+    Names and prompts are literal text in it, whatever they hold.
+
     Example:
         >>> import torch
         >>> print(readme({"layer_3": ITDA.from_atoms(torch.eye(3), k=2)}, "someone/itdas").splitlines()[6])
@@ -96,7 +99,7 @@ one token of one prompt. Activations are encoded by matching pursuit; coefficien
 import itda_lens                 # registers the architecture "itda" with SAELens: without it, KeyError: 'itda'
 from sae_lens import SAE
 
-itda = SAE.from_pretrained("{repo_id}", "{first}")
+itda = SAE.from_pretrained({repo_id!r}, {first!r})
 ```
 {"".join(_atoms_section(name, itda.provenance) for name, itda in itdas.items())}"""
 
@@ -105,7 +108,13 @@ def _row(name: str, itda: ITDA) -> str:
     metadata: Any = itda.cfg.metadata
     judged = (metadata.itda_build or {}).get("tokens_judged")
     cells = (name, metadata.model_name, metadata.hook_name, itda.cfg.d_sae, itda.cfg.k, metadata.dataset_path, judged)
-    return f"| {' | '.join(map(str, cells))} |"
+    return f"| {' | '.join(map(_cell, cells))} |"
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, int | None):
+        return "" if value is None else str(value)
+    return markdown(str(value))
 
 
 def _atoms_section(name: str, provenance: Provenance | None) -> str:
@@ -115,9 +124,12 @@ def _atoms_section(name: str, provenance: Provenance | None) -> str:
     lines = []
     for atom in range(0, n, max(1, n // _ATOMS_SHOWN)):
         before, token = provenance.prompt(atom)
-        shown = f"{before[-_PROMPT_CHARACTERS:]}«{token}»".replace("\n", "↵").replace("`", "'")
-        lines.append(f"- {atom}: `{shown}`")
-    return f"\n## Some atoms of {name}\n\nThe prompt of each atom, its token in «».\n\n" + "\n".join(lines) + "\n"
+        lines.append(f"- {atom}: {markdown(f'{before[-_PROMPT_CHARACTERS:]}«{token}»')}")
+    return (
+        f"\n## Some atoms of {markdown(name)}\n\nThe prompt of each atom, its token in «».\n\n"
+        + "\n".join(lines)
+        + "\n"
+    )
 
 
 def _with_provenance(itda: ITDA, published: str) -> ITDA:
@@ -143,4 +155,4 @@ def _text_size(provenance: Provenance | None) -> int:
 
 def _named(itdas: Mapping[str, ITDA], key: str) -> str:
     names: list[Any] = [itda.cfg.metadata[key] for itda in itdas.values()]
-    return ", ".join(sorted({str(name) for name in names if name})) or "the dataset"
+    return ", ".join(sorted({one_line(str(name)) for name in names if name})) or "the dataset"

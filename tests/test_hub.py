@@ -65,7 +65,7 @@ def test_17_what_is_uploaded_comes_back_whole_and_its_page_says_how(hub, built):
     exec(code, scope)
     assert torch.equal(scope["itda"](x), built(x))
     assert f"`{built.provenance.prompt(0)[0]}«{built.provenance.prompt(0)[1]}»`" in page
-    assert "| layers/3 | itda-embedded-seed0 | blocks.3.hook_resid_post | 256 | 8 |" in page
+    assert "| `layers/3` | `itda-embedded-seed0` | `blocks.3.hook_resid_post` | 256 | 8 |" in page
 
 
 def test_a_page_that_is_there_is_left_alone(hub, built):

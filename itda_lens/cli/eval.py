@@ -1,24 +1,25 @@
 """`itda-lens eval`."""
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from functools import partial
 
 import pandas as pd
 from rich.console import Console
 from rich.live import Live
-from rich.markup import escape
 from sae_lens import SAE
 
-from itda_lens.cli import loading
+from itda_lens.cli import loading, saving
 from itda_lens.cli.options import Eval, TextOptions
 from itda_lens.cli.tables import metrics_table
 from itda_lens.evals import evaluate, random_activations, random_directions
 from itda_lens.sae import ITDA
 from itda_lens.streams import HookedModel
+from itda_lens.streams.models import check_device
 
 
 def run(options: Eval, console: Console) -> None:
-    loading.check_device(options.device)
-    loading.check_file(options.csv)
+    check_device(options.device)
+    saving.check_file(options.csv)
     saes = {str(folder): loading.load_sae(folder, options.device) for folder in options.saes}
     first = next(iter(saes.values()))
     if options.built_on is not None and not isinstance(first, ITDA):
@@ -30,7 +31,7 @@ def run(options: Eval, console: Console) -> None:
         lambda: loading.model_of(first, options.model, "--model", options),
     )
     if options.built_on is not None and isinstance(first, ITDA):
-        console.print(f"taking random activations from {escape(options.built_on)}", highlight=False)
+        console.print(f"taking random activations from {options.built_on}")
         saes |= _baselines(first, model, options.built_on)
     live, batches = Live(console=console), 0
 
@@ -38,7 +39,8 @@ def run(options: Eval, console: Console) -> None:
         nonlocal batches
         batches += 1
         if options.csv is not None:
-            loading.write_csv(table, options.csv)
+            with suppress(OSError):  # what can't be written now is tried again at the end
+                saving.write_csv(table, options.csv)
         live.update(metrics_table(table, caption=f"{batches} batches of {options.batch_size} rows"))
 
     with live if console.is_terminal else nullcontext():
@@ -51,8 +53,10 @@ def run(options: Eval, console: Console) -> None:
             progress=not console.is_terminal,
             on_batch=on_batch,
         )
+    written = saving.write_all({} if options.csv is None else {options.csv: partial(saving.write_csv, table)})
     if not console.is_terminal:
         console.print(metrics_table(table))
+    written.check()
 
 
 def _baselines(itda: ITDA, model: HookedModel, built_on: str) -> dict[str, SAE]:

@@ -1,12 +1,10 @@
 """From options to models, text and SAEs; what is wrong with them is said before any long work."""
 
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import pandas as pd
 import torch
 import transformers
 from datasets import Dataset, IterableDataset
@@ -15,8 +13,7 @@ from sae_lens import SAE
 from itda_lens import embedded
 from itda_lens.cli.options import ModelOptions, TextOptions
 from itda_lens.sae import ITDA
-from itda_lens.streams import HookedModel, load_model, load_text
-from itda_lens.streams.models import load_model_of
+from itda_lens.streams import HookedModel, load_model, load_text, models
 
 T = TypeVar("T")
 M = TypeVar("M")
@@ -24,50 +21,16 @@ M = TypeVar("M")
 _EMBEDDED_MODEL = re.compile(r"(?:embedded(?::|$)|itda-embedded-seed)(\d*)$")
 
 
-def check_device(device: str) -> None:
-    """Raise a ValueError where nothing can be put on this device."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:  # torch asserts that it was compiled for a device
-        raise ValueError(f"--device {device} can't be used here: {str(e).splitlines()[0]}") from e
-
-
-def check_writable(path: Path) -> None:
-    """Raise a ValueError where a file or folder can't be made."""
-    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if there != path and not there.is_dir():
-        raise ValueError(f"{path} can't be written: {there} is no folder")
-    if not os.access(there, os.W_OK):
-        raise ValueError(f"{path} can't be written: {there} is read-only")
-
-
-def check_file(path: Path | None) -> None:
-    """Raise a ValueError where a file, if one is given, can't be written."""
-    if path is not None:
-        if path.is_dir():
-            raise ValueError(f"{path} is a folder: name a file")
-        check_writable(path)
-
-
-def check_folder(path: Path) -> None:
-    """Raise a ValueError where a folder can't be made, or files in it."""
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is a file: name a folder")
-    check_writable(path)
-
-
-def write_csv(table: pd.DataFrame, path: Path, *, index: bool = True) -> None:
-    """Write a table so that at any time the whole of it, or of the one before, is there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    table.to_csv(beside, index=index)
-    beside.replace(path)
-
-
 def check_model(name: str | None) -> None:
     """Raise a ValueError where a name is that of no embedded model."""
     if name is not None and (found := _EMBEDDED_MODEL.match(name)):
         embedded.path(int(found[1] or 0))
+
+
+def model_width(name: str) -> int:
+    """The width of a model's residual stream, before it is loaded; 0 where that can't be known."""
+    found = _EMBEDDED_MODEL.match(name)
+    return models.model_width(embedded.path(int(found[1] or 0)) if found else name)
 
 
 def model_named(name: str, options: ModelOptions) -> HookedModel:
@@ -89,7 +52,7 @@ def model_of(sae: SAE, given: str | None, option: str, options: ModelOptions) ->
         return model_named(name, options)
     try:
         transformers.utils.logging.disable_progress_bar()
-        return load_model_of(sae.cfg.metadata, device=options.device, dtype=options.dtype)
+        return models.load_model_of(sae.cfg.metadata, device=options.device, dtype=options.dtype)
     except ValueError as e:
         raise ValueError(f"the SAE belongs to {name!r}, which can't be loaded by that name: pass {option}. {e}") from e
 

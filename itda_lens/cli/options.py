@@ -53,6 +53,8 @@ class Quickstart(ModelOptions):
     """Budget: how many tokens are judged."""
     prompt: str | None = None
     """The prompt to decompose; the beginning of a held-out document if not given."""
+    overwrite: bool = False
+    """Replace what is in the folder, also if it is not an earlier quickstart's."""
 
 
 @dataclass(kw_only=True)
@@ -68,7 +70,7 @@ class Build(TextOptions, ModelOptions, BuildConfig):  # pyright: ignore[reportIn
     out: Path
     """The folder that gets one folder for each hook point."""
     overwrite: bool = False
-    """Replace what is in the way."""
+    """Replace ITDAs, also partial ones; without it nothing is written to a folder that holds any files."""
 
 
 @dataclass(kw_only=True)

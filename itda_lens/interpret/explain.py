@@ -45,8 +45,8 @@ def explain(
         n_terms: how many atoms to name for each; all of them if not given.
 
     Raises:
-        ValueError: the prompt is empty or too long, a position is not in it, the dictionary has no prompts, or it
-            belongs to another model or to a hook point that the model does not have.
+        ValueError: `n_terms` is below 1, the prompt is empty or too long, a position is not in it, the dictionary has
+            no prompts, or it belongs to another model or to a hook point that the model does not have.
 
     Example:
         >>> from itda_lens import BuildConfig, build, embedded
@@ -57,6 +57,8 @@ def explain(
         >>> explanation.token, len(explanation.terms)
         (' items', 5)
     """
+    if n_terms is not None and n_terms < 1:
+        raise ValueError(f"n_terms must be at least 1, got {n_terms}")
     if itda.provenance is None or "text" not in itda.provenance.kinds:
         raise ValueError("this dictionary's atoms have no prompts: build it with a tokenizer")
     metadata: Any = itda.cfg.metadata
@@ -64,6 +66,12 @@ def explain(
         raise ValueError("the metadata of this dictionary lacks hook_name: set itda.cfg.metadata.hook_name")
     check_model(metadata, model)
     hooks = canonical_hooks(model, [metadata.hook_name])
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(
+            f"the prompt holds {prompt[e.start]!r}, half of a character, at {e.start}: leave it out"
+        ) from e
     tokens = tokenize(model, prompt, prepend_bos=prepends_bos(metadata))[None]
     length = tokens.shape[1]
     if not prompt or length > model.cfg.n_ctx:

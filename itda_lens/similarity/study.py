@@ -233,6 +233,6 @@ def _check(models: Mapping[str, HookedModel], hooks: Sequence[str], config: Matc
         )
     if not 2 <= config.sample <= config.tokens:
         raise ValueError(f"sample={config.sample} must be between 2 and tokens={config.tokens}")
-    for name, least in (("permutations", 0), ("context_size", 2), ("batch_size", 1)):
+    for name, least in (("permutations", 0), ("seed", 0), ("context_size", 2), ("batch_size", 1)):
         if getattr(config, name) < least:
             raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")

@@ -75,7 +75,8 @@ def load_text(
 def _open(source: Any, split: str, streaming: bool, config: str | None, revision: str | None) -> Any:
     remote = isinstance(source, str) and not is_local(source)
     if remote:
-        return load_dataset(source, config, split=split, revision=revision, streaming=streaming)
+        given: dict[str, Any] = {"split": split, "revision": revision, "streaming": streaming}
+        return load_dataset(source, config, **given, trust_remote_code=False)
     local = isinstance(source, str | Path)
     if revision is not None or (config is not None and not (local and Path(source).expanduser().is_dir())):
         name = f"revision={revision!r}" if revision is not None else f"config={config!r}"

@@ -72,8 +72,8 @@ def _folder(path: Path, config: str | None, streaming: bool) -> Any:
     try:
         # It tells splits by the names of files.
         if reader != "text":
-            return load_dataset(str(path), name=config, streaming=streaming)
-        splits: Any = load_dataset(str(path), sample_by="document", streaming=True)
+            return load_dataset(str(path), name=config, streaming=streaming, trust_remote_code=False)
+        splits: Any = load_dataset(str(path), sample_by="document", streaming=True, trust_remote_code=False)
         return {name: _texts(row["text"] for row in rows) for name, rows in splits.items()}
     except DatasetGenerationError as e:
         raise ValueError(f"{path} can't be read: {e.__cause__ or e}") from e

@@ -22,7 +22,7 @@ from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from sae_lens.saes.sae import SAEMetadata
 from torch import Tensor
 from transformer_lens import HookedTransformer
-from transformer_lens.loading_from_pretrained import get_official_model_name
+from transformer_lens.loading_from_pretrained import NEED_REMOTE_CODE_MODELS, get_official_model_name
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -77,7 +77,7 @@ def load_model(
         True
     """
     dtype = _dtype(dtype)
-    _check_device(device)
+    check_device(device)
     source, name = _locate(os.fspath(name_or_folder))
     if source.startswith(_OWN_FORMAT):
         if bridge:
@@ -128,6 +128,22 @@ def load_model_of(
     except ValueError as e:
         where = f", and there is no model in {path} any more" if path else ""
         raise ValueError(f"the model {name!r} of this dictionary can't be loaded: {e}{where}. Pass the model") from e
+
+
+def model_width(name_or_folder: str | os.PathLike[str]) -> int:
+    """The width of a model's residual stream, from its configuration alone; 0 where that does not say."""
+    source, name = _locate(os.fspath(name_or_folder))
+    if source.startswith(_OWN_FORMAT):
+        return 0
+    return getattr(_configuration(source, name).get_text_config(), "hidden_size", 0)
+
+
+def check_device(device: str | torch.device) -> None:
+    """Raise a ValueError where nothing can be computed on a device."""
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as e:  # torch asserts that it was compiled for a device
+        raise ValueError(f"device {str(device)!r} can't be used here: {_first_line(e)}. Pass cpu") from e
 
 
 def model_metadata(model: HookedModel) -> dict[str, Any]:
@@ -186,7 +202,7 @@ def check_model_name(metadata: SAEMetadata, given: str, what: str = "this dictio
 @contextlib.contextmanager
 def listed(folder: str | os.PathLike[str], alias: str | None = None) -> Iterator[str]:
     """Inside, TransformerLens loads a local Hugging Face folder by the path that this gives, or by `alias`."""
-    with _listed(AutoConfig.from_pretrained(folder), alias) as plain:
+    with _listed(AutoConfig.from_pretrained(folder, trust_remote_code=False), alias) as plain:
         for file in Path(folder).resolve().iterdir():
             if file.name != "config.json":
                 (Path(plain) / file.name).symlink_to(file)
@@ -262,7 +278,8 @@ def _verified(source: str, name: str, dtype: torch.dtype, bridge: bool) -> Hooke
 def _kinds(name: str) -> dict[str, Callable[..., Any]]:
     """The ways to give a model hooks, the preferred one first."""
     by_configuration = {"HookedTransformer": _hooked_by_configuration, "TransformerBridge": _bridged}
-    known = name in OFFICIAL_MODEL_NAMES  # TransformerLens knows Gemma by its names alone
+    # TransformerLens knows Gemma by its names alone, and runs the code of some others.
+    known = name in OFFICIAL_MODEL_NAMES and not name.startswith(NEED_REMOTE_CODE_MODELS)
     return {f"HookedTransformer as {name}": partial(_hooked, name), **by_configuration} if known else by_configuration
 
 
@@ -292,7 +309,13 @@ def _hooked_by_configuration(
 def _bridged(hf_model: Any, tokenizer: Any, source: str, dtype: torch.dtype, n_ctx: int | None) -> SAETransformerBridge:
     hf_model.set_attn_implementation("eager")  # the others give no patterns to the hooks
     with _quiet():
+<<<<<<< HEAD
         model = LastingBridge.boot_transformers(source, hf_model=hf_model, tokenizer=tokenizer, dtype=dtype)
+=======
+        model = SAETransformerBridge.boot_transformers(
+            source, hf_model=hf_model, tokenizer=tokenizer, dtype=dtype, trust_remote_code=False
+        )
+>>>>>>> wip-terminal
     if n_ctx is not None:
         model.cfg.n_ctx = n_ctx
     return model
@@ -312,7 +335,7 @@ def _locate(given: str) -> tuple[str, str]:
 
 def _configuration(source: str, name: str) -> Any:
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as e:
         if Path(source).is_dir():
             raise ValueError(f"the configuration of {name} can't be read: {_first_line(e)}") from e
@@ -332,7 +355,7 @@ def _configuration(source: str, name: str) -> Any:
 def _tokenizer(source: str, name: str) -> Any:
     problem = ""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         # Where its files are missing, transformers makes one that knows special tokens alone.
         if len(set(tokenizer.get_vocab()).difference(tokenizer.all_special_tokens)) > 0:
             return tokenizer
@@ -346,7 +369,9 @@ def _tokenizer(source: str, name: str) -> Any:
 
 def _hf_model(source: str, name: str, dtype: torch.dtype) -> Any:
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
         model, report = loaded
     except Exception as e:
         raise ValueError(f"Hugging Face can't load {name} as a causal language model: {_first_line(e)}") from e
@@ -403,13 +428,6 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     return found
 
 
-def _check_device(device: str | torch.device) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"device {str(device)!r} can't be used here: {_first_line(e)}") from e
-
-
 def _folder_name(folder: str | Path) -> str:
     """What the model in a folder is called: by the folder, or as on the hub in a snapshot of Hugging Face's cache."""
     cached = re.search(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\][^/\\]+[/\\]?$", str(folder))
@@ -429,6 +447,8 @@ def _near(name: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
+    if "trust_remote_code=True" in str(error):
+        return "it needs code that comes with it, and no such code is run"
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 

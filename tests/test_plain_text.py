@@ -1,0 +1,109 @@
+"""Text of others is only ever text: on a terminal, in a page of Markdown, in a CSV."""
+
+import csv
+import io
+import unicodedata
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+
+from benchmarks.attack import text as attack
+from itda_lens import ITDA, hub
+from itda_lens.cli import saving
+from itda_lens.plain_text import markdown, one_line, printable, spreadsheet
+
+HARMFUL = ("Cc", "Cf", "Cs", "Zl", "Zp")
+# Any character, with those that mean something more often than others.
+anything = st.text(st.one_of(st.characters(), st.sampled_from("\x1b\r\n\t\0\x9b\u202e\u200b|`\\<[]#=-+@'\" ")))
+
+
+@given(anything)
+@settings(derandomize=True, deadline=None)
+def test_what_is_printed_holds_nothing_on_which_a_terminal_acts_and_the_rest_is_as_it_was(text):
+    shown = printable(text)
+    assert not [c for c in shown if c != "\n" and unicodedata.category(c) in HARMFUL]
+    assert printable(shown) == shown, "escapes are plain text"
+    assert shown.encode("utf8")
+    kept = [c for c in text if unicodedata.category(c)[0] in "LNPSZ" and unicodedata.category(c) not in HARMFUL]
+    assert len(shown) >= len(kept)
+    if all(c.isprintable() for c in text) and not set(text) & set("\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0"):
+        assert shown == text
+    assert "\n" not in one_line(text)
+
+
+@pytest.mark.parametrize("text", ["naïve café", "日本語", "Привет", "שלום", "🙂", "a\u00a0b\u3000c", "C:\\new\\table"])
+def test_text_of_any_language_stays_as_it_is(text):
+    assert one_line(text) == text
+
+
+@given(anything)
+@settings(derandomize=True, deadline=None)
+def test_in_markdown_it_is_one_literal_span_alone_in_a_cell_in_an_item_and_in_a_heading(text):
+    span, read = markdown(text), MarkdownIt("commonmark").enable("table").parse
+    for page, around in (("| {} | b |\n|---|---|\n| {} | c |\n", ""), ("- 1: {}\n", "1: "), ("## A {}\n", "A ")):
+        parts = [block for block in read(page.format(span, span)) if block.type == "inline"]
+        found = [part for block in parts for part in block.children if part.type != "text" or part.content.strip()]
+        spans = [part.content for part in found if part.type == "code_inline"]
+        literal = one_line(text).replace("|", r"\x7c")
+        if literal.strip(" "):
+            assert set(spans) == {literal}
+        assert len(spans) == (0 if not text else 2 if "|---" in page else 1)
+        assert {part.content.strip() for part in found if part.type == "text"} <= {"b", "c", around.strip()}
+        assert {part.type for part in found} <= {"code_inline", "text"}
+
+
+@given(st.lists(anything, min_size=1, max_size=4, unique=True), st.floats(allow_nan=False))
+@settings(derandomize=True, deadline=None)
+def test_a_csv_gives_the_same_text_back_and_no_formula(tmp_path_factory, texts, number):
+    path = tmp_path_factory.getbasetemp() / "any.csv"
+    saving.write_csv(pd.DataFrame({"text": pd.Series(texts, dtype=object).array, "x": number}, index=texts), path)
+    with path.open(newline="", encoding="utf8") as file:
+        rows = list(csv.reader(file))[1:]
+    for text, row in zip(texts, rows, strict=True):
+        meant = spreadsheet(text).replace("\0", r"\x00").encode("utf8", "backslashreplace").decode()
+        assert row[:2] == [meant, meant]
+        assert float(row[2]) == number
+        assert not row[0].lstrip().startswith(tuple("=+-@"))
+
+
+def test_a_csv_of_ordinary_text_is_read_by_pandas_as_it_was(tmp_path):
+    table = pd.DataFrame({"a": ["x, y", '"z"', "1\n2"], "b": [1, 2, 3], "c": [-0.5, None, 2.5]}, index=["i", "j", "k"])
+    saving.write_csv(table, tmp_path / "deep" / "table.csv")
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "deep" / "table.csv", index_col=0), table)
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["table.csv"]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_sample_of_all_injections_is_inert_everywhere(seed):
+    for row in attack.run(0.04, seed):
+        assert row["got through"] == 0, row
+        assert row["strings"] >= 3
+
+
+def test_every_injection_is_inert_in_the_page(built):
+    attacks = attack._Attacks.__new__(attack._Attacks)
+    attacks.itdas = {"a": built}
+    faults = {name: [*attacks.page(text)] for name, text in attack.INJECTIONS.items()}
+    assert len(faults) >= 40
+    assert not {name: found for name, found in faults.items() if found != [None]}
+
+
+def test_the_attack_would_see_what_gets_through(monkeypatch, built):
+    assert attack.fault("a\x1b[2Jb") == "'\\x1b' was printed"
+    assert attack.fault("\x1b[1mbold\x1b[0m", "bold", tty=True) is None
+    assert attack.fault("\x1b[1mbold", "other", tty=True) == "the text was changed"
+    monkeypatch.setattr(hub, "markdown", str)
+    attacks = attack._Attacks.__new__(attack._Attacks)
+    attacks.itdas = {"a": built}
+    for name in ("Markdown, heading", "Markdown, image", "HTML", "Markdown, cells", "carriage returns, a page"):
+        assert [*attacks.page(attack.INJECTIONS[name])] != [None]
+
+
+def test_the_page_s_front_matter_is_its_own(built):
+    itda: ITDA = built.with_k(8)
+    itda.cfg.metadata.model_name = "---\nlicense: mit\n---\n"
+    page = io.StringIO(hub.readme({"---\na: b": itda}, "someone/---"))
+    assert [next(page).strip() for _ in range(5)] == ["---", "library_name: saelens", "tags:", "- itda", "---"]
