@@ -47,7 +47,7 @@ def note(cfg: SAEConfig, weights: Mapping[str, Tensor], provenance: Tensor | Non
     return sealed
 
 
-def replacing(saved: UInt8[Tensor, " size"], replaced: SAEConfig) -> UInt8[Tensor, " size"]:
+def replacing(saved: UInt8[Tensor, " _"], replaced: SAEConfig) -> UInt8[Tensor, " _"]:
     """A note that also says what cfg.json may still hold beside these weights, if saving is interrupted."""
     return _sealed(_content(saved) | {"replaced": _configuration_digest(replaced)})
 
