@@ -12,7 +12,7 @@ from torch import Tensor
 
 from itda_lens.provenance.packing import Parts, order_of, pack, unpack
 from itda_lens.provenance.prompts import Prompts, common_prefix, links
-from itda_lens.provenance.sequences import ends
+from itda_lens.provenance.sequences import ends, lengths
 from itda_lens.provenance.vocabulary import Tokenizer, Vocabulary, digest_of, tokenizer_digest
 
 IdentityKind = Literal["text", "tokens", "position"]
@@ -185,8 +185,8 @@ class Provenance:
         return Parts(self.row, self.position, self.sequences, self.prompts, self.tokenizer_digest, self.vocabulary)
 
     def _check_covered(self) -> None:
-        lengths = {r: len(tokens) for r, tokens in self.sequences.items()}
-        known = np.array([lengths.get(r, 0) for r in self.row.tolist()])
+        held = lengths(self.sequences)
+        known = np.array([held.get(r, 0) for r in self.row.tolist()])
         position = self.position.numpy()
         bad = np.flatnonzero((position < 0) | (position >= known))
         if len(bad):

@@ -51,27 +51,26 @@ class Prompts(Sequence[tuple[str, str]]):
         self._at = np.zeros((len(order), 3), dtype=np.int64)  # branch, end and start of each atom
         self._branches: list[_Branch] = []
         pieces: list[str] = []
-        path: list[int] = []  # the branches that the text so far goes through
-        length = 0
+        path: list[tuple[int, int]] = []  # the branches that the text so far goes through, and where each begins
+        parent = offset = length = 0
 
         def close() -> None:
-            if pieces:
-                branch = self._branches[-1]
-                self._branches[-1] = branch._replace(text="".join(pieces).encode(errors=_ERRORS))
+            if path:
+                self._branches.append(_Branch(parent, offset, "".join(pieces).encode(errors=_ERRORS)))
                 pieces.clear()
 
         for atom, (shared, rest, start) in zip(order, links, strict=True):
             if not 0 <= shared <= length or not 0 <= start <= shared + len(rest):
                 raise ValueError(f"the prompt of atom {atom} does not go on from the one before it")
-            if shared < length or not self._branches:
+            if shared < length or not path:
                 close()
-                while path and self._branches[path[-1]].offset >= shared:
+                while path and path[-1][1] >= shared:
                     path.pop()
-                self._branches.append(_Branch(path[-1] if path else -1, shared, b""))
-                path.append(len(self._branches) - 1)
+                parent, offset = path[-1][0] if path else -1, shared
+                path.append((len(self._branches), offset))
             pieces.append(rest)
             length = shared + len(rest)
-            self._at[atom] = path[-1], length, start
+            self._at[atom] = len(self._branches), length, start
         close()
 
     def __len__(self) -> int:

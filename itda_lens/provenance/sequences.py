@@ -47,10 +47,21 @@ class Sequences(Mapping[int, Int64[Tensor, " _"]]):
             raise KeyError(row)
         return self._tokens[int(self._ends[i - 1]) if i else 0 : int(self._ends[i])]
 
+    def lengths(self) -> dict[int, int]:
+        """How many tokens each row has, quicker than one after the other."""
+        return dict(zip(self._rows.tolist(), np.diff(self._ends, prepend=0).tolist(), strict=True))
+
     def __contains__(self, row: object) -> bool:
         return isinstance(row, int) and bool(
             (i := np.searchsorted(self._rows, row)) < len(self) and self._rows[i] == row
         )
+
+
+def lengths(sequences: Mapping[int, Int64[Tensor, " _"]]) -> dict[int, int]:
+    """How many tokens each row has."""
+    if isinstance(sequences, Sequences):
+        return sequences.lengths()
+    return {row: len(tokens) for row, tokens in sequences.items()}
 
 
 def ends(row: Int64[Tensor, " n"], position: Int64[Tensor, " n"]) -> dict[int, int]:
