@@ -1,7 +1,8 @@
 """Folders of saved ITDAs that were damaged, edited or mixed up by the thousand, and loaded as a user loads them.
 
 Each load gives the ITDA that was saved, or is refused by a clear error; whatever else happens is counted under what it
-is. Bombs come without a note, as from somebody else: they may load, but within bounds. Each is a process of its own, forked from one that has only imported, so that its peak of memory is seen.
+is. Bombs come without a note, as from somebody else: they may load, but within bounds. Each load is a process of its
+own, forked from one that has only imported, so that its peak of memory is seen.
 """
 
 import multiprocessing
@@ -100,7 +101,7 @@ def _load(results: Connection, folder: Path, whole: Path, dtype: str, bomb: bool
     except _CLEAR as e:
         what = "refused" if str(e).strip() else f"{type(e).__name__} without a word"
     except BaseException as e:
-        # Without its architecture in cfg.json, SAELens takes it for another kind of SAE, and says which weights that lacks.
+        # Where cfg.json lacks the architecture, SAELens takes it for another, and says which weights that lacks.
         of_another = str(e).startswith("Error(s) in loading state_dict")
         what = "refused" if of_another else f"{type(e).__name__} in {traceback.extract_tb(e.__traceback__)[-1].name}"
     seconds, mib = time.perf_counter() - started, _resident("VmHWM") - before
