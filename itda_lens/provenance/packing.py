@@ -64,7 +64,8 @@ def pack(parts: Parts) -> UInt8[Tensor, " size"]:
     if parts.vocabulary is not None:
         _, base, size, added = parts.vocabulary
         header["vocabulary"] = json.dumps([base, size, list(added.items())])
-    raw = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, header)
+    # Clones, since one tensor may be given for two of these, which safetensors refuses.
+    raw = safetensors.torch.save({name: tensor.clone() for name, tensor in tensors.items()}, header)
     packed = zlib.compress(raw, 6)
     if len(raw) > _limit(len(packed)):  # a stream of one token, say: what is written is read again, too
         packed = zlib.compress(raw, 0)
