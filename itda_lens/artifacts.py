@@ -1,6 +1,8 @@
 """Dictionaries saved by the paper's released code: `atoms.pt`, `atom_indices.pt` and `metadata.yaml`."""
 
-import pickle
+import math
+import reprlib
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,10 @@ from itda_lens.provenance import Provenance
 from itda_lens.sae import ITDA
 
 _DEFAULT_K = 40
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+# The settings are a few lines of a few words.
+_YAML_BYTES, _YAML_DEPTH = 1 << 16, 8
 
 
 def load_paper_artifact(folder: str | Path, *, k: int | None = None) -> ITDA:
@@ -45,20 +51,30 @@ def load_paper_artifact(folder: str | Path, *, k: int | None = None) -> ITDA:
         raise FileNotFoundError(
             f"{folder} lacks {', '.join(missing)}: an artifact of the paper's code has all of {names}"
         )
+    settings = _settings(folder / "metadata.yaml")
+    chosen = settings.get("k", _DEFAULT_K) if k is None else k
+    if not _is_whole(chosen, 1):
+        raise ValueError(
+            f"k is {reprlib.repr(chosen)}, but must be a whole number of at least 1: load_paper_artifact(folder, k=40)"
+        )
     atoms, places = _tensor(folder / "atoms.pt"), _tensor(folder / "atom_indices.pt")
-    if atoms.ndim != 2 or not atoms.is_floating_point():
+    if atoms.ndim != 2 or atoms.dtype not in _FLOATS:
         raise ValueError(f"atoms.pt holds a tensor of shape {tuple(atoms.shape)} and {atoms.dtype}, not rows of atoms")
-    if places.shape != (len(atoms), 2) or places.is_floating_point():
+    if places.shape != (len(atoms), 2) or places.dtype not in _INTEGERS:
         raise ValueError(
             f"atom_indices.pt holds shape {tuple(places.shape)} and {places.dtype}; "
             f"{len(atoms)} atoms need whole numbers of shape ({len(atoms)}, 2)"
         )
-    settings = _settings(folder / "metadata.yaml")
+    if len(negative := (places < 0).any(dim=1).nonzero()):
+        atom = int(negative[0])
+        raise ValueError(
+            f"atom_indices.pt has {places[atom].tolist()} for atom {atom}: documents and positions begin at 0"
+        )
     layer = settings.get("layer")
     row, position = places.long().unbind(dim=1)
     return ITDA.from_atoms(
         atoms.float(),
-        _DEFAULT_K if k is None and "k" not in settings else int(settings["k"] if k is None else k),
+        chosen,
         provenance=Provenance(row.clone(), position.clone()),
         metadata={
             "model_name": settings.get("lm_name"),
@@ -73,20 +89,59 @@ def load_paper_artifact(folder: str | Path, *, k: int | None = None) -> ITDA:
 
 
 def _tensor(path: Path) -> Tensor:
+    """A dense tensor that takes no more memory than its file."""
+    if zipfile.is_zipfile(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                size = sum(entry.file_size for entry in archive.infolist())
+        except (zipfile.BadZipFile, ValueError, NotImplementedError) as e:
+            raise ValueError(f"{path} can't be read as a tensor ({e}): it is not loaded") from e
+        if size > path.stat().st_size:
+            raise ValueError(f"{path} would become {size:,} bytes, more than it has: PyTorch did not write it")
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as e:
-        raise ValueError(f"{path} can't be read as a tensor ({str(e).splitlines()[0]}): it is not loaded") from e
+    except Exception as e:  # whatever an unpickler makes of a file that is none
+        raise ValueError(f"{path} can't be read as a tensor ({str(e).partition(chr(10))[0]}): it is not loaded") from e
     if not isinstance(value, Tensor):
         raise ValueError(f"{path} holds a {type(value).__name__}, not a tensor")
-    return value
+    if value.is_nested or value.layout != torch.strided or value.device.type != "cpu":
+        raise ValueError(
+            f"{path} holds a tensor on {value.device} in the layout {value.layout}: it must be a dense one"
+        )
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise ValueError(f"{path} holds a tensor of shape {tuple(value.shape)} that repeats fewer values: save a clone")
+    return value.detach()
 
 
 def _settings(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _YAML_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes: settings have at most {_YAML_BYTES:,}")
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf8"))
-    except yaml.YAMLError as e:
-        raise ValueError(f"{path} is no YAML ({e})") from e
+        text, depth = path.read_text(encoding="utf8"), 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):  # before anything is made of it
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > _YAML_DEPTH:
+                raise ValueError("settings have no aliases and are not nested so deeply")
+        settings = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, TypeError) as e:
+        raise ValueError(f"{path} is no YAML that can be read ({e})") from e
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds a {type(settings).__name__}, not settings by name")
+    for name, fits, needed in (
+        ("lm_name", lambda value: isinstance(value, str), "a name"),
+        ("dataset", lambda value: isinstance(value, str), "a name"),
+        ("layer", lambda value: _is_whole(value, 0), "a whole number of at least 0"),
+        ("seq_len", lambda value: _is_whole(value, 1), "a whole number of at least 1"),
+        ("loss_threshold", _is_number, "a finite number"),
+    ):
+        if settings.get(name) is not None and not fits(settings[name]):
+            raise ValueError(f"{name} in {path} is {reprlib.repr(settings[name])}, but must be {needed}")
     return settings
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, no_type_check
 
 import torch
@@ -15,7 +16,7 @@ from sae_lens.saes.topk_sae import SparseHookPoint, TopK, act_times_W_dec
 from sae_lens.util import dtype_to_str
 from torch import Tensor, nn
 
-from itda_lens import integrity
+from itda_lens import integrity, saving
 from itda_lens.provenance import Provenance
 from itda_lens.pursuit import (
     GramCache,
@@ -30,11 +31,7 @@ from itda_lens.pursuit import (
 from itda_lens.streams.massive import is_massive
 
 ARCHITECTURE = "itda"
-PROVENANCE_KEY = "provenance"
-NOTE_KEY = "note"
 _HALF = (torch.bfloat16, torch.float16)
-# Unit float32 rows are off by less than this; rows that came through bfloat16 by far more.
-_EXACT_NORM_TOLERANCE = 1e-5
 _ENOUGH_FOR_A_MEDIAN = 16
 
 
@@ -133,7 +130,7 @@ class ITDA(SAE[ITDAConfig]):
         if n == 0:
             raise ValueError("atoms is empty: an ITDA needs at least one atom")
         _check_k(k, n)
-        _check_atoms(atoms, provenance)
+        saving.check_atoms(atoms, provenance)
         if bias is not None and bias.shape != (d,):
             raise ValueError(f"bias has shape {tuple(bias.shape)}, but atoms of width {d} need ({d},)")
         if isinstance(metadata, dict):
@@ -146,7 +143,7 @@ class ITDA(SAE[ITDAConfig]):
             "reshape_activations": "hook_z" if whole_hook_z else "none",
         } | cfg
         itda = ITDA(ITDAConfig(d_in=d, d_sae=n, k=k, metadata=metadata, **cfg))
-        itda.W_dec.data = _renormalised(atoms.detach().to(itda.device, itda.dtype)).clone(
+        itda.W_dec.data = saving.renormalized(atoms.detach().to(itda.device, itda.dtype)).clone(
             memory_format=torch.contiguous_format
         )
         if bias is not None:
@@ -310,25 +307,28 @@ class ITDA(SAE[ITDAConfig]):
             "build it on whitened activations"
         )
 
+    def save_model(self, path: str | Path) -> tuple[Path, Path]:
+        """Save `sae_weights.safetensors` and `cfg.json` to a folder; gives their paths.
+
+        An ITDA that was there is replaced at once: if saving fails or is killed, the folder holds the one or the other.
+        """
+        return saving.save(self, path)
+
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
-        # Inside the weights, since SAELens's upload keeps no other file and its metadata goes into every eval.
-        if self.provenance is not None:
-            state_dict[PROVENANCE_KEY] = self.provenance.to_bytes()
-        state_dict[NOTE_KEY] = integrity.note(self.cfg, state_dict, state_dict.get(PROVENANCE_KEY))
+        saving.pack(state_dict, self.cfg, self.provenance)
 
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        # SAELens has cast every tensor of the file, bytes too.
-        packed, note = (
-            None if tensor is None else tensor.cpu().to(torch.uint8)
-            for tensor in (state_dict.pop(PROVENANCE_KEY, None), state_dict.pop(NOTE_KEY, None))
-        )
-        provenance = None if packed is None else Provenance.from_bytes(packed)
-        _check_state(state_dict, self.cfg)
-        _check_atoms(state_dict["W_dec"], provenance)
-        if note is not None:
-            integrity.check(note, self.cfg, state_dict, packed)
-        state_dict["W_dec"] = _renormalised(state_dict["W_dec"])
-        self.provenance = provenance
+        contents = saving.take_out(state_dict)
+        if contents.note and (own := integrity.interrupted(contents.note, self.cfg, state_dict)):
+            self._configure(own)
+        self.provenance = saving.check(state_dict, self.cfg, contents)
+
+    def _configure(self, own: dict[str, Any]) -> None:
+        # Once more from the beginning: SAELens began with the configuration of the ITDA that this one replaces.
+        dtype, device = self.cfg.dtype, self.cfg.device
+        metadata = SAEMetadata(**own.pop("metadata"))
+        ITDA.__init__(self, ITDAConfig(**own, metadata=metadata, dtype=dtype, device="meta"))
+        self.cfg.device = device
 
     def turn_on_forward_pass_hook_z_reshaping(self) -> None:
         # SAELens's own joins heads at hook_z alone; here `encode` sees by itself whether activations have some.
@@ -465,41 +465,6 @@ def _with_defaults(metadata: SAEMetadata) -> SAEMetadata:
 def _check_k(k: int, n: int) -> None:
     if not 1 <= k <= n:
         raise ValueError(f"k must be between 1 and the number of atoms, {n}, got {k}")
-
-
-def _check_atoms(atoms: Tensor, provenance: Provenance | None) -> None:
-    if not atoms.is_floating_point():
-        raise ValueError(f"atoms must be floating point, got {atoms.dtype}")
-    bad = atoms.isfinite().all(dim=-1).logical_not().nonzero()
-    if len(bad):
-        raise ValueError(f"atom {int(bad[0])} holds NaN or infinite values ({len(bad)} such atoms of {len(atoms)})")
-    check_unit_rows(atoms.float().norm(dim=-1))
-    if provenance is not None and len(provenance) != len(atoms):
-        raise ValueError(f"the provenance names {len(provenance)} atoms, but the dictionary has {len(atoms)}")
-
-
-def _check_state(state_dict: dict[str, Any], cfg: ITDAConfig) -> None:
-    for name, shape in {"W_dec": (cfg.d_sae, cfg.d_in), "b_dec": (cfg.d_in,)}.items():
-        if name not in state_dict:
-            raise ValueError(f"the weights have no {name}, only {sorted(state_dict)}: this is not an ITDA")
-        if state_dict[name].shape != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(state_dict[name].shape)}, but the configuration (d_sae={cfg.d_sae}, "
-                f"d_in={cfg.d_in}) needs {shape}: one of the two files was edited"
-            )
-    if foreign := sorted(state_dict.keys() - {"W_dec", "b_dec"}):
-        raise ValueError(f"the weights hold {', '.join(foreign)} besides W_dec and b_dec: this is not an ITDA")
-    if not state_dict["b_dec"].isfinite().all():
-        raise ValueError("b_dec holds NaN or infinite values: the weights file was edited or damaged")
-
-
-@torch.no_grad()
-def _renormalised(atoms: Tensor) -> Tensor:
-    """Rows brought back to unit length where a narrower dtype had taken them off it; exact rows are not touched."""
-    if atoms.dtype in _HALF:
-        return atoms
-    norms = atoms.norm(dim=-1, keepdim=True)
-    return torch.where((norms - 1).abs() > _EXACT_NORM_TOLERANCE, atoms / norms, atoms)
 
 
 def _register() -> None:

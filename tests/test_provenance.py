@@ -1,10 +1,13 @@
 """Provenance: what it knows, that it survives every cast, and that it refuses what is not its own."""
 
+import json
+import tracemalloc
 import zlib
 from contextlib import suppress
 from dataclasses import replace
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -223,3 +226,121 @@ def test_mismatches_are_refused():
         Provenance(torch.tensor([0, 0]), torch.tensor([3, 5]), {0: torch.arange(5)})
     with pytest.raises(ValueError, match="names 2 atoms, but the dictionary has 3"):
         ITDA.from_atoms(torch.eye(3), 1, provenance=Provenance(torch.tensor([0, 1]), torch.tensor([0, 0])))
+
+
+PIECES = st.text(st.characters(exclude_categories=()), max_size=4)  # any character, lone surrogates too
+
+
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(
+    texts=st.lists(st.lists(PIECES, min_size=1, max_size=6), min_size=1, max_size=5),
+    data=st.data(),
+)
+def test_prompts_are_what_was_given_however_they_are_made_chosen_and_written(texts, data):
+    """Prompts that go on, branch off, repeat and stop early, in any order."""
+    places = st.tuples(st.integers(0, len(texts) - 1), st.integers(0, 5))
+    at = data.draw(st.lists(places, min_size=1, max_size=12))
+    prompts = tuple(("".join(texts[r][:p]), (texts[r][p:] or [""])[0]) for r, p in at)
+    row, position = torch.tensor(at).T
+    prov = Provenance(row, position, {}, prompts)
+    assert prov.prompts == prompts
+    assert prompts == prov.prompts
+    assert [prov.prompt(i) for i in range(len(at))] == list(prompts) == list(prov.prompts[:])
+    assert prov.prompts[-1] == prompts[-1]
+    chosen = data.draw(st.lists(st.integers(0, len(at) - 1), min_size=1, max_size=6))
+    some = prov.select(chosen)
+    assert some.prompts == tuple(prompts[i] for i in chosen)
+    for each, expected in ((prov, prov.prompts), (some, some.prompts)):
+        again = Provenance.from_bytes(each.to_bytes(), len(each))
+        assert again.prompts == expected
+        assert Provenance.from_bytes(again.to_bytes()).prompts == expected
+    assert prov.prompts != (*prompts[:-1], ("", "of another"))
+
+
+def bytes_of(n: int, prompts: str, header: dict | None = None, **more: torch.Tensor) -> torch.Tensor:
+    """What anyone may write."""
+    tensors = {"row": torch.zeros(n, dtype=torch.int64), "position": torch.arange(n)}
+    tensors |= dict.fromkeys(("sequence_row", "sequence_end", "sequence"), torch.zeros(0, dtype=torch.int64)) | more
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    raw = safetensors.torch.save(tensors, {"prompts": prompts, "tokenizer_digest": ""} | (header or {}))
+    return torch.frombuffer(bytearray(zlib.compress(raw)), dtype=torch.uint8)
+
+
+def test_prompts_that_share_take_the_memory_of_what_they_do_not_share():
+    """A thousand million characters in a file of some 100 kB."""
+    n, length = 10_000, 100_000
+    letters = torch.randint(97, 123, (length,), generator=torch.Generator().manual_seed(0))
+    base = bytes(letters.tolist()).decode()
+    packed = bytes_of(n, json.dumps([[0, base, 0], *([length - i, "X", 1] for i in range(n - 1))]))
+    tracemalloc.start()
+    try:
+        prov = Provenance.from_bytes(packed, n)
+        assert tracemalloc.get_traced_memory()[1] < 10 * len(packed) + (20 << 20)
+    finally:
+        tracemalloc.stop()
+    for i in (0, 1, 5000, n - 1):
+        assert prov.text(i) == (base[: length - i + 1] + "X" if i else base)
+    assert prov.prompt(5)[0] == base[:1]
+
+
+def test_bytes_that_become_too_many_are_refused_before_they_have():
+    for packed in (
+        zlib.compress(bytes(100 << 20), 1),
+        bytes_of(1, "[" * (20 << 20)).numpy().tobytes(),
+        bytes_of(2_000_000, "[]", position=torch.zeros(2_000_000, dtype=torch.int64)).numpy().tobytes(),
+    ):
+        tracemalloc.start()
+        try:
+            with pytest.raises(ValueError, match=r"become more than [\d,]+, the most that is taken"):
+                Provenance.from_bytes(torch.frombuffer(bytearray(packed), dtype=torch.uint8))
+            assert tracemalloc.get_traced_memory()[1] < 10 * len(packed) + (60 << 20)
+        finally:
+            tracemalloc.stop()
+
+
+def test_what_compresses_too_well_is_written_so_that_it_can_be_read():
+    n = 3_000_000
+    prov = Provenance(torch.zeros(1, dtype=torch.int64), torch.tensor([n - 1]), {0: torch.zeros(n, dtype=torch.int64)})
+    assert Provenance.from_bytes(prov.to_bytes(), 1).tokens(0) == [0] * n
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        *("", "[", "[[0, ", "{}", "null", '"', '[[0, "a"]]', '[["a", 0, 0]]', '[[0, "a", 0], [0, "b", 0]]'),
+        *('[[1, "a", 0]]', '[[0, "a", 2]]', '[[-1, "a", 0]]', '[[0, "a", -1]]', '[[0, "a", 1e9]]', '[[0, "\\q", 0]]'),
+        *('[[0, "a", 99999999999]]', '[[0, "a", 0]' + " " * 500 + "]", '[[0, "\\ud83d\\u00zz", 0]]'),
+    ],
+)
+def test_prompts_of_another_form_are_a_value_error(prompts):
+    with pytest.raises(ValueError, match="can't be read"):
+        Provenance.from_bytes(bytes_of(1, prompts), 1)
+
+
+@pytest.mark.parametrize("lengths", [[2**62, 2**62], [2**63 - 1, 3], [-1, 4], [0, 3], [3, 0], [3, 3], [1, 1]])
+def test_sequences_of_other_lengths_are_a_value_error(lengths):
+    more = {"sequence_row": torch.arange(2), "sequence_end": torch.tensor(lengths), "sequence": torch.arange(3)}
+    with pytest.raises(ValueError, match="other lengths"):
+        Provenance.from_bytes(bytes_of(3, "[]", position=torch.zeros(3).long(), **more))
+
+
+def test_another_number_of_atoms_is_named_before_anything_is_made_of_them():
+    with pytest.raises(ValueError, match="the provenance names 7 atoms, but the dictionary has 8"):
+        Provenance.from_bytes(bytes_of(7, "no prompts at all"), 8)
+    with pytest.raises(ValueError, match="7 rows, 6 positions"):
+        Provenance.from_bytes(bytes_of(7, "[]", position=torch.arange(6)), 7)
+    rows = torch.arange(9)
+    with pytest.raises(ValueError, match="9 sequences"):
+        Provenance.from_bytes(bytes_of(7, "[]", sequence_row=rows, sequence_end=rows * 0 + 1, sequence=rows), 7)
+
+
+def test_a_header_that_is_larger_than_what_is_in_it_is_refused():
+    for header in ({"vocabulary": "[" * (5 << 20)}, {"x" * (5 << 20): "y"}):
+        with pytest.raises(ValueError, match="can't be read"):
+            Provenance.from_bytes(bytes_of(1, "[]", {"tokenizer_digest": "a"} | header))
+
+
+def test_one_tensor_may_be_given_for_two_things():
+    here = torch.arange(3)
+    prov = Provenance(here, here, dict.fromkeys(range(3), here))
+    assert_equal(Provenance.from_bytes(prov.to_bytes(), 3), prov)
