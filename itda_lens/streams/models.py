@@ -309,13 +309,9 @@ def _hooked_by_configuration(
 def _bridged(hf_model: Any, tokenizer: Any, source: str, dtype: torch.dtype, n_ctx: int | None) -> SAETransformerBridge:
     hf_model.set_attn_implementation("eager")  # the others give no patterns to the hooks
     with _quiet():
-<<<<<<< HEAD
-        model = LastingBridge.boot_transformers(source, hf_model=hf_model, tokenizer=tokenizer, dtype=dtype)
-=======
-        model = SAETransformerBridge.boot_transformers(
+        model = LastingBridge.boot_transformers(
             source, hf_model=hf_model, tokenizer=tokenizer, dtype=dtype, trust_remote_code=False
         )
->>>>>>> wip-terminal
     if n_ctx is not None:
         model.cfg.n_ctx = n_ctx
     return model
