@@ -10,7 +10,7 @@ from torch import Tensor
 
 from itda_lens.pursuit.codes import SparseCodes
 from itda_lens.pursuit.eager import pursue_eager
-from itda_lens.pursuit.fused import pursue_fused
+from itda_lens.pursuit.fused import pursue_fused, pursue_orthogonal_fused
 from itda_lens.pursuit.gram import Gram
 from itda_lens.pursuit.on_gpu import ON_CHIP, pursue_on_gpu
 from itda_lens.pursuit.orthogonal_eager import pursue_orthogonal_eager
@@ -44,16 +44,17 @@ def pursue(
         tolerance: relative residual norm at which a row stops; in float32 it resolves about 1e-3.
     """
     settings = {"nonnegative": nonnegative, "orthogonal": orthogonal, "tolerance": tolerance}
+    size = block_rows(len(atoms), x.device)
+    if orthogonal and not _is_compiled(x, gram):  # which keeps a basis for each row
+        size = min(size, block_rows(k * x.shape[1], x.device))
 
     def solve(rows: slice) -> SparseCodes:
         parts = []
-        for block in x[rows].split(block_rows(len(atoms), x.device)):
+        for block in x[rows].split(size):
             energy = block.square().sum(dim=-1)
-            if _is_for_triton(block, gram, orthogonal) and len(atoms) <= ON_CHIP and products_in_tf32():
-                products, settings["rough"] = block @ atoms.T, (block, atoms)
-            else:
-                products = inner_products(block, atoms)
-            parts.append(_block(products, atoms, gram, k, energy=energy, **settings))
+            rough = _is_for_triton(block, gram, orthogonal) and len(atoms) <= ON_CHIP and products_in_tf32()
+            products = block @ atoms.T if rough else inner_products(block, atoms)
+            parts.append(_block(products, atoms, gram, k, x=block, rough=rough, energy=energy, **settings))
         return _joined(parts)
 
     return _joined(in_threads(solve, x)) if _is_compiled(x, gram) else solve(slice(None))
@@ -110,12 +111,22 @@ def _has_triton() -> bool:
 
 
 def _block(
-    correlations: Tensor, atoms: Tensor, gram: Gram, k: int, *, orthogonal: bool, **settings: Any
+    correlations: Tensor,
+    atoms: Tensor,
+    gram: Gram,
+    k: int,
+    *,
+    orthogonal: bool,
+    x: Tensor | None = None,
+    rough: bool = False,
+    **settings: Any,
 ) -> SparseCodes:
     if isinstance(gram, Tensor) and _is_compiled(correlations, gram):
-        return pursue_fused(correlations, gram, k, orthogonal=orthogonal, **settings)
+        if orthogonal:
+            return pursue_orthogonal_fused(correlations, atoms, gram, k, x=x, **settings)
+        return pursue_fused(correlations, gram, k, **settings)
     if isinstance(gram, Tensor) and _is_for_triton(correlations, gram, orthogonal):
-        return pursue_on_gpu(correlations, gram, k, **settings)
+        return pursue_on_gpu(correlations, gram, k, rough=(x, atoms) if rough and x is not None else None, **settings)
     if orthogonal:
-        return pursue_orthogonal_eager(correlations, atoms, k, **settings)
+        return pursue_orthogonal_eager(correlations, atoms, k, x=x, **settings)
     return pursue_eager(correlations, gram, k, **settings)
