@@ -22,8 +22,8 @@ _ROUNDING = 0.51
 """A rounded entry is off by half a unit at most, and by what float32 adds to that."""
 _BLURRED = 0.1
 """The share of the largest correlation that the bound may grow to, before all are computed anew."""
-_SLACK = 4
-"""Inner products in float32 are off by less than so many units of rounding, by three at most for lengths like ours."""
+_SLACK = 2
+"""A bound, in units of rounding, of what rounded inner products change in a correlation; about three times too large."""
 _RISK = 1e-4
 """The share of a row's norm that rounded inner products may add to what is left of it."""
 
@@ -57,11 +57,13 @@ def _pursue(correlations, gram, values, indices, left, floor, nonnegative, x, at
                 top = _take(row, rows, weights, 0, largest, sign)
             if top <= noise:
                 break
-            slack = _SLACK * eps * np.sqrt(known + size)
+            slack = _SLACK * eps * np.sqrt((known + size) * (1 + inverse))
             least = top - 2 * blur - slack
             j, best, rival = _best(row, largest, least, sign, correlations[i], gram, chosen, fit, m)
             if len(x) > 0 and max(best, sign * best) - rival < slack:
-                j, best = _best_of_residual(row, largest, least, sign, x[i], atoms, chosen, fit, m, residual)
+                _refine(x[i], atoms, chosen, fit, m, residual, factor, along, nonnegative)
+                j, best = _best_of_residual(row, largest, least, sign, residual, atoms)
+                blur += slack  # by so much the refined fit has moved
             outside = outside_span(gram[j], j, chosen, factor, system, along, m)
             reach = 1.0
             for s in range(m):
@@ -156,13 +158,43 @@ def _best(row, largest, least, sign, start, gram, chosen, fit, m):
 
 @numba.njit(nogil=True, cache=True, fastmath=set(FAST))
 @no_type_check
-def _best_of_residual(row, largest, least, sign, x, atoms, chosen, fit, m, residual):
-    """What `_best` finds, from the activation and the atoms themselves, in float64."""
+def _refine(x, atoms, chosen, fit, m, residual, factor, along, nonnegative):
+    """What is left of `x`, from the atoms themselves, with the fit corrected by it (iterative refinement)."""
     for c in range(len(x)):
         residual[c] = x[c]
+    _subtract(residual, atoms, chosen, fit, m)
+    gradient = np.zeros(m)
     for s in range(m):
+        along[s] = 0
         for c in range(len(x)):
-            residual[c] -= fit[s] * atoms[chosen[s], c]
+            gradient[s] += residual[c] * atoms[chosen[s], c]
+    for s in range(m):
+        w = 0.0
+        for u in range(s + 1):
+            w += factor[s, u] * gradient[u]
+        for u in range(s + 1):
+            along[u] += factor[s, u] * w
+    if nonnegative:
+        for s in range(m):
+            if fit[s] == 0 or fit[s] + along[s] <= 0:  # with some held at 0 the fit is another
+                return
+    _subtract(residual, atoms, chosen, along, m)
+    for s in range(m):
+        fit[s] += along[s]
+
+
+@numba.njit(nogil=True, cache=True, fastmath=set(FAST))
+@no_type_check
+def _subtract(residual, atoms, chosen, weights, m):
+    for s in range(m):
+        for c in range(len(residual)):
+            residual[c] -= weights[s] * atoms[chosen[s], c]
+
+
+@numba.njit(nogil=True, cache=True, fastmath=set(FAST))
+@no_type_check
+def _best_of_residual(row, largest, least, sign, residual, atoms):
+    """What `_best` finds, from the residual itself."""
     best, size, atom = 0.0, -1.0, 0
     for t in range(len(largest)):
         if largest[t] < least:
@@ -171,7 +203,7 @@ def _best_of_residual(row, largest, least, sign, x, atoms, chosen, fit, m, resid
             if larger(row[j], sign * row[j]) < least:
                 continue
             exact = 0.0
-            for c in range(len(x)):
+            for c in range(len(residual)):
                 exact += residual[c] * atoms[j, c]
             if max(exact, sign * exact) > size:
                 best, size, atom = exact, max(exact, sign * exact), j
