@@ -1,7 +1,7 @@
 """All attacks, one after the other, or those that are named.
 
-    python -m benchmarks.attack --write
-    python -m benchmarks.attack pursuit --scale 0.01
+python -m benchmarks.attack --write
+python -m benchmarks.attack pursuit --scale 0.01
 """
 
 import argparse

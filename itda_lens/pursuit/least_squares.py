@@ -10,6 +10,7 @@ import numpy as np
 
 from itda_lens.pursuit.vector import FAST
 
+
 @numba.njit(nogil=True, cache=True, fastmath=set(FAST))
 @no_type_check
 def outside_span(gram_row, j, chosen, factor, system, along, m):

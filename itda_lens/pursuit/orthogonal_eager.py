@@ -34,7 +34,7 @@ def pursue_orthogonal_eager(
     The chosen atoms are made orthonormal in float64, each one twice (Giraud, Langou & Rozloznik 2005), and the fit
     comes from their triangular factor. With `x` each step starts from the residual itself, which then never grows.
     """
-    (b, n), d, eps = correlations.shape, atoms.shape[1], torch.finfo(correlations.dtype).eps
+    (b, n), eps = correlations.shape, torch.finfo(correlations.dtype).eps
     path = _Path(correlations, atoms, k, x, nonnegative)
     passed_over = torch.zeros_like(correlations, dtype=torch.bool)
     rows, left = torch.arange(b, device=correlations.device), correlations

@@ -23,7 +23,7 @@ _ROUNDING = 0.51
 _BLURRED = 0.1
 """The share of the largest correlation that the bound may grow to, before all are computed anew."""
 _SLACK = 2
-"""A bound, in units of rounding, of what rounded inner products change in a correlation; about three times too large."""
+"""A bound, in units of rounding, of what rounded inner products change in a correlation; three times too large."""
 _RISK = 1e-4
 """The share of a row's norm that rounded inner products may add to what is left of it."""
 
