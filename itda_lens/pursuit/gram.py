@@ -1,5 +1,6 @@
 """The Gram matrix of the atoms: what makes a step of pursuit one row of additions instead of a product."""
 
+import os
 import warnings
 from functools import cache
 from threading import Lock
@@ -71,10 +72,13 @@ class GramRows:
     def __init__(self, atoms: Float[Tensor, "n d"]):
         self._atoms = _work(atoms)
         self._squares = torch.einsum("nd,nd->n", self._atoms, self._atoms)
-        self._held = self._atoms.new_empty(0, len(atoms))
-        self._place = torch.full((len(atoms),), -1, device=atoms.device)
+        self._start()
+
+    def _start(self) -> None:
+        self._held = self._atoms.new_empty(0, len(self._atoms))
+        self._place = torch.full((len(self._atoms),), -1, device=self._atoms.device)
         self._count = 0
-        self._lock = Lock()
+        self._lock, self._process = Lock(), os.getpid()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -85,6 +89,8 @@ class GramRows:
 
     @torch.no_grad()
     def __getitem__(self, chosen: Int64[Tensor, " b"]) -> Float[Tensor, "b n"]:
+        if self._process != os.getpid():  # a fork may have come while another thread held the lock
+            self._start()
         with self._lock:
             missing = chosen[self._place[chosen] < 0].unique()
             if self._count + len(missing) > self._room():

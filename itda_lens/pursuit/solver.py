@@ -103,7 +103,7 @@ def _joined(parts: list[SparseCodes]) -> SparseCodes:
 
 
 def _all_rows(solve: Callable[[slice], SparseCodes], x: Tensor, gram: Gram, factors: Tensor | None) -> SparseCodes:
-    codes = _joined(in_threads(solve, x)) if _is_compiled(x, gram) else solve(slice(None))
+    codes = _joined(in_threads(solve, x, split=_is_compiled(x, gram)))
     return codes if factors is None else codes._replace(values=codes.values * factors[:, None])
 
 
