@@ -24,9 +24,13 @@ from itda_lens.pursuit import (
     check_unit_rows,
     coefficients_on_path,
     decode_dense,
+    lengths,
     matching_pursuit,
+    pursue,
     pursue_correlations,
     pursue_further,
+    unit_rows,
+    without_autocast,
 )
 from itda_lens.streams.massive import is_massive
 
@@ -143,7 +147,7 @@ class ITDA(SAE[ITDAConfig]):
             "reshape_activations": "hook_z" if whole_hook_z else "none",
         } | cfg
         itda = ITDA(ITDAConfig(d_in=d, d_sae=n, k=k, metadata=metadata, **cfg))
-        itda.W_dec.data = saving.renormalized(atoms.detach().to(itda.device, itda.dtype)).clone(
+        itda.W_dec.data = unit_rows(atoms.detach().to(itda.device, itda.dtype)).clone(
             memory_format=torch.contiguous_format
         )
         if bias is not None:
@@ -197,6 +201,7 @@ class ITDA(SAE[ITDAConfig]):
         # Never called here; tools that look for a TopK (sae-dashboard) then leave the encoder whole.
         return TopK(self.cfg.k)
 
+    @without_autocast
     def encode(self, x: Float[Tensor, "*dims"]) -> Tensor:
         """The coefficient of each atom, `[..., d_sae]`, dense unless `use_sparse_activations`.
 
@@ -213,11 +218,13 @@ class ITDA(SAE[ITDAConfig]):
         n = self.cfg.d_sae
         return self.hook_sae_acts_post(codes.to_coo(n) if self.cfg.use_sparse_activations else codes.to_dense(n))
 
+    @without_autocast
     def encode_sparse(self, x: Float[Tensor, "*dims"]) -> SparseCodes:
         """The path of pursuit, `k` pairs in order of choice, in float32; preprocesses as `encode`, fires no hooks."""
         with _disable_hooks(self):
             return self._pursue(self._preprocess(x))
 
+    @without_autocast
     def decode(self, feature_acts: Tensor) -> Tensor:
         """The weighted sum of the atoms, plus the bias."""
         acts, atoms = feature_acts, self.W_dec
@@ -377,7 +384,7 @@ class ITDA(SAE[ITDAConfig]):
         They do not know what norm is usual, either: it is taken from the activations that come together.
         """
         record: Any = self.cfg.metadata.itda_build or {}
-        norms = sae_in.detach().float().norm(dim=-1)
+        norms = lengths(sae_in.detach().float())
         from_model = self.cfg.metadata.hook_name is not None and self.cfg.normalize_activations == "none"
         if record.get("typical_norm") is not None or not from_model or norms.numel() < _ENOUGH_FOR_A_MEDIAN:
             return torch.zeros_like(norms, dtype=torch.bool), norms.new_zeros(())
@@ -387,8 +394,12 @@ class ITDA(SAE[ITDAConfig]):
     def _pursue_hooked(self, sae_in: Tensor) -> SparseCodes:
         # What a hook makes of the correlations is where pursuit starts.
         dtype = torch.promote_types(self.dtype, torch.float32)
-        correlations = self.hook_sae_acts_pre(sae_in.to(dtype) @ self.W_dec.to(dtype).T)
-        codes = self._pursue_from(correlations, self.W_dec, self.cfg.nonnegative)
+        start = sae_in.to(dtype) @ self.W_dec.to(dtype).T
+        edits = None if start.is_inference() else start._version
+        correlations = self.hook_sae_acts_pre(start)
+        seen = correlations is start and edits is not None and edits == start._version
+        x = sae_in.to(dtype) if seen else None  # a hook that only looks on costs no precision
+        codes = self._pursue_from(correlations, self.W_dec, self.cfg.nonnegative, x)
         massive, _ = self._massive(sae_in)
         if not massive.any():
             return codes
@@ -397,12 +408,13 @@ class ITDA(SAE[ITDAConfig]):
         own = (nn.functional.pad(part, (0, more)) for part in codes)
         return SparseCodes(*(torch.where(massive[..., None], *both) for both in zip(unhooked, own, strict=True)))
 
-    def _pursue_from(self, correlations: Tensor, atoms: Tensor, nonnegative: bool) -> SparseCodes:
+    def _pursue_from(self, correlations: Tensor, atoms: Tensor, nonnegative: bool, x: Tensor | None) -> SparseCodes:
         gram, k, orthogonal = self._gram.get(atoms), self.cfg.k, self.cfg.orthogonal
         atoms, start = atoms.to(correlations.dtype), correlations.detach().reshape(-1, len(atoms))
-        values, indices = pursue_correlations(
-            start, atoms.detach(), gram, k, nonnegative=nonnegative, orthogonal=orthogonal
-        )
+        solve, begin = pursue_correlations, start
+        if orthogonal and x is not None:
+            solve, begin = pursue, x.detach().flatten(0, -2)
+        values, indices = solve(begin, atoms.detach(), gram, k, nonnegative=nonnegative, orthogonal=orthogonal)
         if torch.is_grad_enabled():
             on_path = correlations.reshape(start.shape).gather(-1, indices)
             values = coefficients_on_path(on_path, atoms[indices], values != 0, orthogonal)
@@ -425,11 +437,11 @@ class NonnegativeView(ITDA):
         n = self.cfg.d_sae // 2
         return self._split(*self._decompose(sae_in, self.W_dec[:n], not self.signed))
 
-    def _pursue_from(self, correlations: Tensor, atoms: Tensor, nonnegative: bool) -> SparseCodes:
+    def _pursue_from(self, correlations: Tensor, atoms: Tensor, nonnegative: bool, x: Tensor | None) -> SparseCodes:
         n = self.cfg.d_sae // 2
         if self.cfg.orthogonal:  # a fit over [D, -D] is another where a coefficient changes its sign on the way
-            return self._split(*super()._pursue_from(correlations[..., :n], atoms[:n], not self.signed))
-        values, indices = super()._pursue_from(correlations, atoms, nonnegative)
+            return self._split(*super()._pursue_from(correlations[..., :n], atoms[:n], not self.signed, x))
+        values, indices = super()._pursue_from(correlations, atoms, nonnegative, x)
         return self._split(torch.where(indices < n, values, -values), indices % n)
 
     def _split(self, values: Tensor, indices: Tensor) -> SparseCodes:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from itda_lens import integrity
 from itda_lens.provenance import Provenance
-from itda_lens.pursuit import check_unit_rows
+from itda_lens.pursuit import check_unit_rows, unit_rows
 
 try:
     import fcntl
@@ -34,8 +34,6 @@ except ImportError:  # Windows
 
 PROVENANCE_KEY = "provenance"
 NOTE_KEY = "note"
-# Unit float32 rows are off by less than this; rows that came through bfloat16 by far more.
-_EXACT_NORM_TOLERANCE = 1e-5
 
 
 def save(sae: SAE[Any], folder: str | Path) -> tuple[Path, Path]:
@@ -108,7 +106,7 @@ def check(state: dict[str, Any], cfg: SAEConfig, contents: Contents) -> Provenan
     if note is not None:
         integrity.check(note, cfg, state, packed)
     # Tensors of a file are mapped from it: whoever writes to that file would change them.
-    atoms = renormalized(state["W_dec"])
+    atoms = unit_rows(state["W_dec"])
     state["W_dec"] = atoms.clone() if atoms is state["W_dec"] else atoms
     state["b_dec"] = state["b_dec"].clone()
     return provenance
@@ -124,15 +122,6 @@ def check_atoms(atoms: Tensor, provenance: Provenance | None) -> None:
     check_unit_rows(atoms.float().norm(dim=-1))
     if provenance is not None and len(provenance) != len(atoms):
         raise ValueError(f"the provenance names {len(provenance)} atoms, but the dictionary has {len(atoms)}")
-
-
-@torch.no_grad()
-def renormalized(atoms: Tensor) -> Tensor:
-    """Rows brought back to unit length where a narrower dtype had taken them off it; exact rows are not touched."""
-    if atoms.dtype in (torch.bfloat16, torch.float16):
-        return atoms
-    norms = atoms.norm(dim=-1, keepdim=True)
-    return torch.where((norms - 1).abs() > _EXACT_NORM_TOLERANCE, atoms / norms, atoms)
 
 
 def _configuration(folder: Path) -> SAEConfig | None:

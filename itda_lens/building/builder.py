@@ -16,6 +16,7 @@ from itda_lens.building.sequential import judge_in_order
 from itda_lens.building.sizing import Sizing
 from itda_lens.building.state import BuildState, Tally, Tokens
 from itda_lens.provenance import Provenance, Tokenizer, same_tokenizer
+from itda_lens.pursuit import unit_rows
 from itda_lens.sae import ITDA
 from itda_lens.streams.massive import is_massive
 
@@ -180,7 +181,7 @@ class DictionaryBuilder:
         state, always = builder._state, torch.full((itda.cfg.d_sae,), float("inf"), dtype=torch.float64)
         record: dict[str, Any] = itda.cfg.metadata.itda_build or {}
         sink = torch.arange(itda.cfg.d_sae) < record.get("sinks", 0)
-        state.dictionary.extend(itda.atoms.detach().float(), prov.row, prov.position, always, sink)
+        state.dictionary.extend(unit_rows(itda.atoms.detach().float()), prov.row, prov.position, always, sink)
         state.scale = record.get("typical_norm") or 0.0
         state.bias = itda.b_dec.detach().float().to(builder.device, copy=True) * itda.cfg.apply_b_dec_to_input
         builder._bias_is_known = True

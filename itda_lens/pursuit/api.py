@@ -7,12 +7,16 @@ from torch import Tensor
 from itda_lens.pursuit.codes import SparseCodes
 from itda_lens.pursuit.gradient import differentiable
 from itda_lens.pursuit.gram import Gram, GramRows, gram_within_limit
+from itda_lens.pursuit.precision import without_autocast
 from itda_lens.pursuit.solver import pursue
 
 NORM_TOLERANCE = 2e-2
 """Atoms may be off unit length by this much: the rounding of bfloat16, with room."""
+_EXACT_NORM_TOLERANCE = 1e-5
+"""Unit rows in float32 are off by less than this; rows that came through bfloat16 by far more."""
 
 
+@without_autocast
 def matching_pursuit(
     x: Float[Tensor, "*batch d"],
     atoms: Float[Tensor, "n _"],
@@ -25,9 +29,10 @@ def matching_pursuit(
 ) -> SparseCodes:
     """Decompose activations into at most `k` atoms each (arXiv 2505.17769, Algorithm 2; Mallat & Zhang 1993).
 
-    Each step takes the atom whose inner product with the residual is largest in size, adds that product to
-    its coefficient and subtracts the projection from the residual. Coefficients are signed. The loop runs in
-    float32 at least, whatever the dtype of `x`. A row with NaN stays NaN and touches no other row.
+    Each step takes the atom whose inner product with the residual is largest in size, adds that product (over the
+    atom's squared length, which may be a little off 1) to its coefficient and subtracts the projection from the
+    residual. Coefficients are signed. The loop runs in float32 at least, whatever the dtype of `x`. No step leaves more
+    than the one before it. A row with NaN or infinite values stays NaN and touches no other.
     Coefficients have gradients to `x` and `atoms`; the choice of atoms has none.
 
     Args:
@@ -88,6 +93,18 @@ def _check(x: Tensor, atoms: Tensor, k: int, gram: Gram | None, tolerance: float
     if gram is not None and gram.shape != (n, n):
         raise ValueError(f"gram has shape {tuple(gram.shape)}, but {n} atoms need ({n}, {n})")
     check_unit_rows(atoms.detach().float().norm(dim=-1) if gram is None else gram.diagonal().sqrt())
+
+
+@torch.no_grad()
+def unit_rows(atoms: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """Rows brought back to unit length where a narrower dtype had taken them off it; exact rows are not touched.
+
+    Those of 16 bits stay: no scaling brings them nearer.
+    """
+    if atoms.element_size() < 4:
+        return atoms
+    norms = atoms.norm(dim=-1, keepdim=True)
+    return torch.where((norms - 1).abs() > _EXACT_NORM_TOLERANCE, atoms / norms, atoms)
 
 
 def check_unit_rows(norms: Float[Tensor, " n"]) -> None:

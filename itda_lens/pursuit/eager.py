@@ -4,11 +4,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from itda_lens.pursuit.broken import marks_broken_rows
 from itda_lens.pursuit.codes import SparseCodes
 from itda_lens.pursuit.gram import Gram
 
 
 @torch.no_grad()
+@marks_broken_rows
 def pursue_eager(
     correlations: Float[Tensor, "b n"],
     gram: Gram,
@@ -23,6 +25,7 @@ def pursue_eager(
     values = correlations.new_zeros(k, b)
     indices = torch.zeros(k, b, dtype=torch.int64, device=correlations.device)
     gram = gram[:, :n] if isinstance(gram, Tensor) else gram
+    squares = gram.diagonal()  # atoms may be off unit length
     left = None if energy is None or tolerance == 0 else energy.clone()
     floor = None if left is None else tolerance**2 * left
     magnitude = correlations if nonnegative else torch.empty_like(correlations)
@@ -30,12 +33,11 @@ def pursue_eager(
         if not nonnegative:
             torch.abs(correlations, out=magnitude)
         chosen = magnitude.argmax(dim=-1)
-        value = correlations.gather(-1, chosen[:, None])[:, 0]
-        if nonnegative:
-            value = value.clamp(min=0)
+        top = correlations.gather(-1, chosen[:, None])[:, 0]
+        value = (top.clamp(min=0) if nonnegative else top) / squares[chosen]
         if left is not None and floor is not None:
             value = value.masked_fill(left <= floor, 0)
-            left -= value.square()
+            left -= value * top
         stopped = value == 0
         if stopped.all():
             break

@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 from itda_lens.pursuit.api import matching_pursuit
 from itda_lens.pursuit.codes import SparseCodes
 from itda_lens.pursuit.gram import Gram
+from itda_lens.pursuit.scale import lengths
 
 
 def pursue_further(
@@ -45,7 +46,7 @@ def pursue_further(
     """
 
     def left(rows: Tensor, codes: SparseCodes) -> Tensor:
-        return (rows - codes.decode(atoms.to(rows.dtype)).detach()).detach().norm(dim=-1)
+        return lengths((rows - codes.decode(atoms.to(rows.dtype)).detach()).detach())
 
     x, rows = x.to(torch.promote_types(x.dtype, torch.float32)), which.nonzero()[:, 0]
     before = left(x[rows], SparseCodes(codes.values[rows], codes.indices[rows]))
@@ -55,7 +56,7 @@ def pursue_further(
     distinct, place = x[rows], torch.arange(len(rows), device=x.device)
     if not (torch.is_grad_enabled() and x.requires_grad):  # BOS is the same in every row
         distinct, place = distinct.unique(dim=0, return_inverse=True)
-    steps, tolerance = min(atoms.shape), float(limit / distinct.detach().norm(dim=-1).max())
+    steps, tolerance = min(atoms.shape), float(limit / lengths(distinct.detach()).max())
     longer = matching_pursuit(
         distinct, atoms, steps, gram=gram, nonnegative=nonnegative, orthogonal=True, tolerance=tolerance
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from itda_lens.pursuit.codes import SparseCodes
+from itda_lens.pursuit.precision import without_autocast
 
 _CHUNK_ELEMENTS = 2**24
 
@@ -18,8 +19,8 @@ def coefficients_on_path(
 ) -> Float[Tensor, "b k"]:
     """The coefficients that pursuit gives when its choices are fixed, as a differentiable function.
 
-    `v_t = <x, d_t> - sum over s < t of v_s <d_s, d_t>` is a lower triangular system with ones on its diagonal; the
-    least-squares fit of orthogonal pursuit solves the whole of it.
+    `|d_t|^2 v_t = <x, d_t> - sum over s < t of v_s <d_s, d_t>` is a lower triangular system; the least-squares fit of
+    orthogonal pursuit solves the whole of it.
 
     Args:
         correlations: `<x, d_t>` for the atoms in order of choice.
@@ -28,11 +29,10 @@ def coefficients_on_path(
         orthogonal: the coefficients were fitted together.
     """
     chosen = chosen * used[..., None]
-    products, right = chosen @ chosen.mT, (correlations * used)[..., None]
+    system, right = chosen @ chosen.mT + torch.diag_embed((~used).to(chosen)), (correlations * used)[..., None]
     if orthogonal:
-        return torch.linalg.solve(products + torch.diag_embed((~used).to(products)), right)[..., 0]
-    system = products.tril(-1) + torch.eye(chosen.shape[-2], dtype=chosen.dtype, device=chosen.device)
-    return torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)[..., 0]
+        return torch.linalg.solve(system, right)[..., 0]
+    return torch.linalg.solve_triangular(system.tril(), right, upper=False)[..., 0]
 
 
 def differentiable(
@@ -57,6 +57,7 @@ class _Pursuit(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, grad_values: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
         x, atoms, values, indices = ctx.saved_tensors
         grad_x = torch.empty_like(x)

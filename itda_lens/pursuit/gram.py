@@ -1,5 +1,6 @@
 """The Gram matrix of the atoms: what makes a step of pursuit one row of additions instead of a product."""
 
+import os
 import warnings
 from functools import cache
 from threading import Lock
@@ -8,6 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from itda_lens.pursuit.precision import without_autocast
 from itda_lens.pursuit.product import inner_products
 
 _CPU_LIMIT = 4 * 2**30
@@ -69,20 +71,26 @@ class GramRows:
 
     def __init__(self, atoms: Float[Tensor, "n d"]):
         self._atoms = _work(atoms)
-        self._held = self._atoms.new_empty(0, len(atoms))
-        self._place = torch.full((len(atoms),), -1, device=atoms.device)
+        self._squares = torch.einsum("nd,nd->n", self._atoms, self._atoms)
+        self._start()
+
+    def _start(self) -> None:
+        self._held = self._atoms.new_empty(0, len(self._atoms))
+        self._place = torch.full((len(self._atoms),), -1, device=self._atoms.device)
         self._count = 0
-        self._lock = Lock()
+        self._lock, self._process = Lock(), os.getpid()
 
     @property
     def shape(self) -> tuple[int, int]:
         return len(self._atoms), len(self._atoms)
 
     def diagonal(self) -> Float[Tensor, " n"]:
-        return self._atoms.square().sum(dim=-1)
+        return self._squares
 
     @torch.no_grad()
     def __getitem__(self, chosen: Int64[Tensor, " b"]) -> Float[Tensor, "b n"]:
+        if self._process != os.getpid():  # a fork may have come while another thread held the lock
+            self._start()
         with self._lock:
             missing = chosen[self._place[chosen] < 0].unique()
             if self._count + len(missing) > self._room():
@@ -125,8 +133,9 @@ def gram_within_limit(atoms: Float[Tensor, "n d"]) -> Gram:
 class GramCache:
     """Holds the Gram matrix of one tensor of atoms, and makes it anew when the atoms are not the same any more.
 
-    Edits through `.data` do not bump a tensor's version, so besides storage, shape, dtype and device the
-    product with a fixed random vector is compared: cheap beside a pursuit, and any edit changes it.
+    Edits through `.data` do not bump a tensor's version, so besides version, storage, shape, dtype and device the
+    product with a fixed random vector is compared: cheap beside a pursuit, and an edit that pursuit could tell changes
+    it.
     Copies and pickles of a cache are empty.
     """
 
@@ -139,12 +148,16 @@ class GramCache:
         return GramCache, ()
 
     @torch.no_grad()
+    @without_autocast
     def get(self, atoms: Float[Tensor, "n d"]) -> Gram:
         """The Gram matrix of `atoms`, whole or by rows."""
         d = atoms.shape[1]
-        key = (atoms.data_ptr(), atoms.shape, atoms.stride(), atoms.dtype, atoms.device, gram_limit(atoms.device))
+        version = None if atoms.is_inference() else atoms._version
+        place = (atoms.data_ptr(), version, atoms.shape, atoms.stride(), atoms.dtype, atoms.device)
+        key = (*place, gram_limit(atoms.device))
         with torch.inference_mode(False):
-            fingerprint = atoms.detach() @ _probe(d).to(atoms)
+            work = _work(atoms)
+            fingerprint = work @ _probe(d).to(work)
             if self._gram is None or self._print is None or key != self._key or not fingerprint.equal(self._print):
                 self._gram, self._key, self._print = None, key, fingerprint  # not two matrices at once
                 self._gram = gram_within_limit(atoms)

@@ -37,9 +37,9 @@ def _pursue(correlations, gram, values, indices, left, floor, nonnegative):
             j, last = tile * TILE, min((tile + 1) * TILE, n) - 1
             while j < last and larger(row[j], sign * row[j]) != top:
                 j += 1
-            value = row[j]
+            value = row[j] / gram[j, j]  # atoms may be off unit length
             values[i, step], indices[i, step] = value, j
-            left[i] -= value * value
+            left[i] -= value * row[j]
             if step + 1 < k:
                 _update(row, gram[j], value, sign, largest)
 

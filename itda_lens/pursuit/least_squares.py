@@ -10,9 +10,6 @@ import numpy as np
 
 from itda_lens.pursuit.vector import FAST
 
-DEPENDENT = 1e-5
-"""An atom with less than this share of its squared norm outside the span of the chosen ones adds nothing but noise."""
-
 
 @numba.njit(nogil=True, cache=True, fastmath=set(FAST))
 @no_type_check
@@ -36,7 +33,7 @@ def outside_span(gram_row, j, chosen, factor, system, along, m):
         outside -= w * w
         for u in range(s + 1):
             along[u] += factor[s, u] * w
-    return outside / norm
+    return outside
 
 
 @numba.njit(nogil=True, cache=True)

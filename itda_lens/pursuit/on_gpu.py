@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from itda_lens.pursuit.broken import marks_broken_rows
 from itda_lens.pursuit.codes import SparseCodes
 
 ON_CHIP = 16_384
@@ -15,6 +16,7 @@ TF32_SLACK = 2.0**-9 * 1.1
 
 
 @torch.no_grad()
+@marks_broken_rows
 def pursue_on_gpu(
     correlations: Float[Tensor, "b n"],
     gram: Float[Tensor, "n capacity"],
@@ -38,8 +40,7 @@ def pursue_on_gpu(
     indices = torch.zeros(b, k, dtype=torch.int64, device=correlations.device)
     if b == 0:
         return SparseCodes(values, indices)
-    broken = correlations.sum(dim=-1).isfinite().logical_not()
-    correlations = correlations.masked_fill(broken[:, None], 0).contiguous()
+    correlations = correlations.contiguous()
     left = correlations.new_zeros(b, dtype=torch.float64) if energy is None else energy.double()
     floor = tolerance**2 * left if tolerance > 0 else torch.full_like(left, torch.finfo(left.dtype).min)
     arrays = (correlations, gram, values, indices, left, floor)
@@ -58,5 +59,4 @@ def pursue_on_gpu(
             *arrays, n, k, *strides, nonnegative=nonnegative, TILE=TILE,
             num_warps=8,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
-    values[broken, 0] = torch.nan
     return SparseCodes(values, indices)

@@ -8,11 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from itda_lens.pursuit.precision import without_autocast
+
 _ATOMS_AT_ONCE = 2048
 """oneDNN works on a copy of these."""
 
 
 @torch.no_grad()
+@without_autocast
 def inner_products(x: Float[Tensor, "b d"], atoms: Float[Tensor, "n d"]) -> Float[Tensor, "b n"]:
     """`x @ atoms.T` in full precision, whatever torch may do to products.
 

@@ -31,6 +31,7 @@ def matching_pursuit_reference(
         chosen = (correlations if nonnegative else correlations.abs()).argmax(dim=-1)
         value = correlations.gather(-1, chosen[:, None])[:, 0]
         going = (residual.norm(dim=-1) > floor) & ((value if nonnegative else value.abs()) > noise)
+        value = value / atoms[chosen].square().sum(dim=-1)
         going |= value.isnan()
         values[:, step] = value.where(going, 0)
         indices[:, step] = chosen.where(going, 0)

@@ -15,14 +15,19 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+_computed = False
 ROWS_EACH = 32
 """Fewer rows are done before another thread has woken up."""
 
 
-def in_threads(solve: Callable[[slice], T], x: Tensor) -> list[T]:
-    """What `solve` gives for each part of the rows of `x`, in order; on a CPU as many threads as torch has here."""
-    rows = len(x)
-    workers = min(torch.get_num_threads(), rows // ROWS_EACH) if x.device.type == "cpu" else 1
+def in_threads(solve: Callable[[slice], T], x: Tensor, split: bool = True) -> list[T]:
+    """What `solve` gives for each part of the rows of `x`, in order; on a CPU as many threads as torch has here.
+
+    Without `split` the rows stay together, for what torch's own threads do better.
+    """
+    global _computed
+    rows, _computed = len(x), True
+    workers = min(torch.get_num_threads(), rows // ROWS_EACH) if split and x.device.type == "cpu" else 1
     if workers <= 1:
         return [solve(slice(0, rows))]
     bounds = [rows * i // workers for i in range(workers + 1)]
@@ -44,4 +49,11 @@ def _pool(workers: int) -> ThreadPoolExecutor:
     return pool
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+def _after_fork() -> None:
+    """Threads do not survive a fork, those of torch neither: a child that asked them to work would wait forever."""
+    _pool.cache_clear()
+    if _computed:
+        torch.set_num_threads(1)
+
+
+os.register_at_fork(after_in_child=_after_fork)

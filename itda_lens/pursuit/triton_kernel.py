@@ -48,10 +48,11 @@ def pursue_on_chip(
             size = _size(c, nonnegative)
         top, j = tl.max(size, axis=0, return_indices=True)
         if (top > 0) & (remaining > stop):
-            value = tl.sum(tl.where(columns == j, c, 0.0), axis=0)
+            along = tl.sum(tl.where(columns == j, c, 0.0), axis=0)
+            value = along / tl.load(gram + j.to(tl.int64) * gram_stride + j)  # atoms may be off unit length
             tl.store(values + row * k + step, value)
             tl.store(indices + row * k + step, j.to(tl.int64))
-            remaining -= value.to(tl.float64) * value
+            remaining -= value.to(tl.float64) * along
             step += 1
             if step < k:
                 c -= value * tl.load(gram + j.to(tl.int64) * gram_stride + columns, mask=inside, other=0.0)
@@ -86,10 +87,10 @@ def pursue_in_tiles(
                 top, best = size, start + j.to(tl.int64)
                 following = tl.sum(tl.where(columns == best, c, 0.0), axis=0)
         if (top > 0) & (remaining > stop):
-            value, chosen = following, best
+            value, chosen = following / tl.load(gram + best * gram_stride + best), best
             tl.store(values + row * k + step, value)
             tl.store(indices + row * k + step, chosen)
-            remaining -= value.to(tl.float64) * value
+            remaining -= value.to(tl.float64) * following
             step += 1
         else:
             step = k
