@@ -42,7 +42,8 @@ def markdown(text: str) -> str:
         return ""
     shown = one_line(text).replace("|", r"\x7c")  # renderers differ in how a cell can hold one
     fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
-    room = " " if shown[0] in " `" or shown[-1] in " `" else ""
+    # Markdown takes one space off both ends, unless there is nothing else.
+    room = " " if shown.strip(" ") and (shown[0] in " `" or shown[-1] in " `") else ""
     return f"{fence}{room}{shown}{room}{fence}"
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import unicodedata
 
 import pandas as pd
@@ -13,6 +14,9 @@ from markdown_it import MarkdownIt
 from benchmarks.attack import text as attack
 from itda_lens import ITDA, hub
 from itda_lens.cli import saving
+from itda_lens.cli.tables import explanation_table, headed, metrics_table, ranked_table
+from itda_lens.cli.terminal import Terminal
+from itda_lens.interpret.explain import Explanation, Term
 from itda_lens.plain_text import markdown, one_line, printable, spreadsheet
 
 HARMFUL = ("Cc", "Cf", "Cs", "Zl", "Zp")
@@ -26,10 +30,10 @@ def test_what_is_printed_holds_nothing_on_which_a_terminal_acts_and_the_rest_is_
     shown = printable(text)
     assert not [c for c in shown if c != "\n" and unicodedata.category(c) in HARMFUL]
     assert printable(shown) == shown, "escapes are plain text"
-    assert shown.encode("utf8")
+    assert shown.encode("utf8").decode() == shown
     kept = [c for c in text if unicodedata.category(c)[0] in "LNPSZ" and unicodedata.category(c) not in HARMFUL]
     assert len(shown) >= len(kept)
-    if all(c.isprintable() for c in text) and not set(text) & set("\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0"):
+    if text.isascii() and text.isprintable():
         assert shown == text
     assert "\n" not in one_line(text)
 
@@ -55,7 +59,11 @@ def test_in_markdown_it_is_one_literal_span_alone_in_a_cell_in_an_item_and_in_a_
         assert {part.type for part in found} <= {"code_inline", "text"}
 
 
-@given(st.lists(anything, min_size=1, max_size=4, unique=True), st.floats(allow_nan=False))
+def whole(text: str) -> bool:
+    return not any(unicodedata.category(c) == "Cs" for c in text)  # of which pandas takes none
+
+
+@given(st.lists(anything.filter(whole), min_size=1, max_size=4, unique=True), st.floats(allow_nan=False))
 @settings(derandomize=True, deadline=None)
 def test_a_csv_gives_the_same_text_back_and_no_formula(tmp_path_factory, texts, number):
     path = tmp_path_factory.getbasetemp() / "any.csv"
@@ -63,7 +71,7 @@ def test_a_csv_gives_the_same_text_back_and_no_formula(tmp_path_factory, texts, 
     with path.open(newline="", encoding="utf8") as file:
         rows = list(csv.reader(file))[1:]
     for text, row in zip(texts, rows, strict=True):
-        meant = spreadsheet(text).replace("\0", r"\x00").encode("utf8", "backslashreplace").decode()
+        meant = spreadsheet(text).replace("\0", r"\x00")
         assert row[:2] == [meant, meant]
         assert float(row[2]) == number
         assert not row[0].lstrip().startswith(tuple("=+-@"))
@@ -76,11 +84,26 @@ def test_a_csv_of_ordinary_text_is_read_by_pandas_as_it_was(tmp_path):
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["table.csv"]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_sample_of_all_injections_is_inert_everywhere(seed):
-    for row in attack.run(0.04, seed):
+def test_some_injections_are_inert_in_all_that_prints_or_writes():
+    for row in attack.run(0.02, 0):
         assert row["got through"] == 0, row
-        assert row["strings"] >= 3
+        assert row["strings"] == 2
+
+
+@pytest.mark.parametrize("color", [False, True])
+@pytest.mark.parametrize("name", attack.INJECTIONS)
+def test_every_injection_is_inert_in_every_table(name, color):
+    text, screen = attack.INJECTIONS[name], io.StringIO()
+    console = Terminal(file=screen, width=8000, force_terminal=color)
+    frame = pd.DataFrame({"x": [1.5]}, index=pd.Index([text], dtype=object))
+    console.print(explanation_table(Explanation(3, text, [Term(1.0, 2, text, text)], 0.1)))
+    console.print(metrics_table(frame), headed("Heading", text), text)
+    if whole(text):
+        console.print(ranked_table(frame.assign(text=text), "row", ["x"]))
+    assert attack.fault(screen.getvalue(), one_line(text), tty=color) is None
+    shown = re.sub(r"\s", "", one_line(text))
+    if shown and len(shown) < 40:
+        assert re.sub(r"\s", "", screen.getvalue()).count(shown) >= 4
 
 
 def test_every_injection_is_inert_in_the_page(built):

@@ -183,6 +183,7 @@ class _Attacks:
     def spreadsheet(self, text: str) -> Iterator[str | None]:
         """CSV: a text in the index, in a column of texts and in one of all kinds."""
         path = self.folder / "cells.csv"
+        text = text.encode("utf8", "backslashreplace").decode()  # pandas takes no lone surrogates
         table = pd.DataFrame({"text": pd.Series([text], dtype=object), "mixed": [text], "n": [-1.5]}, index=[text])
         saving.write_csv(table, path)
         yield cell_fault(path, [text])
@@ -255,7 +256,7 @@ def cell_fault(path: Path, texts: list[str]) -> str | None:
         if re.match(r"[\t\r\n]|\s*[=+\-@＝＋－＠]", cell) and not re.fullmatch(r"-?[\d.]+(e[+-]?\d+)?", cell):  # noqa: RUF001
             return f"{cell[:20]!r} is a formula"
     for text in texts:
-        meant = text.encode("utf8", "backslashreplace").decode().replace("\0", r"\x00")
+        meant = text.replace("\0", r"\x00")
         if not {meant, f"'{meant}"} & set(cells):
             return "the text was changed"
     return None

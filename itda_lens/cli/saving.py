@@ -52,9 +52,7 @@ def check_folder(path: Path) -> None:
     try:
         str(path).encode()
     except UnicodeEncodeError as e:
-        raise ValueError(
-            f"{path} is not UTF-8, so safetensors could not read what is in it: name another folder"
-        ) from e
+        raise ValueError(f"{path} is not UTF-8, and safetensors reads no such path: name another folder") from e
     _check_writable(path)
 
 
