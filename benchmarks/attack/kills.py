@@ -24,7 +24,7 @@ def run(scale: float, seed: int) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     # A fork of a process that has only imported: each saver starts at once, and with no thread of ours.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload(["__main__", __name__])
     moments = random.Random(seed)
     found = {"kills": max(1, round(KILLS * scale)), "first": 0, "second": 0, "mixed": 0, "refused": 0}
     found |= {"killed between the files": 0, "killed while writing": 0}
