@@ -34,6 +34,7 @@ except ImportError:  # Windows
 
 PROVENANCE_KEY = "provenance"
 NOTE_KEY = "note"
+_ASIDE = ".saving"
 
 
 def save(sae: SAE[Any], folder: str | Path) -> tuple[Path, Path]:
@@ -46,12 +47,15 @@ def save(sae: SAE[Any], folder: str | Path) -> tuple[Path, Path]:
     cfg, state = json.dumps(sae.cfg.to_dict()), sae.state_dict()
     sae.process_state_dict_for_saving(state)
     folder.mkdir(parents=True, exist_ok=True)
-    weights_path, cfg_path = folder / SAE_WEIGHTS_FILENAME, folder / SAE_CFG_FILENAME
     with _alone(folder):
         if (replaced := _configuration(folder)) is not None:
             state[NOTE_KEY] = integrity.replacing(state[NOTE_KEY], replaced)
-        _replace({weights_path: lambda path: save_file(state, path), cfg_path: lambda path: path.write_text(cfg)})
-    return weights_path, cfg_path
+        writers: dict[str, Callable[[Path], object]] = {
+            SAE_WEIGHTS_FILENAME: lambda path: save_file(state, path),
+            SAE_CFG_FILENAME: lambda path: path.write_text(cfg),
+        }
+        _replace(folder, writers)
+    return folder / SAE_WEIGHTS_FILENAME, folder / SAE_CFG_FILENAME
 
 
 def pack(state: dict[str, Any], cfg: SAEConfig, provenance: Provenance | None) -> None:
@@ -134,22 +138,23 @@ def _configuration(folder: Path) -> SAEConfig | None:
         return None
 
 
-def _replace(writers: Mapping[Path, Callable[[Path], object]]) -> None:
+def _replace(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
     """Write files aside, then put them in place, the first one first."""
-    aside = {path: path.with_name(f".{path.name}.saving") for path in writers}
+    # A folder, since safetensors writes files of its own beside the one it is asked for, and leaves them if killed.
+    aside = folder / _ASIDE
+    shutil.rmtree(aside, ignore_errors=True)  # whoever left it was killed
+    aside.mkdir()
     try:
-        for path, write in writers.items():
-            aside[path].unlink(missing_ok=True)  # whoever left it was killed
-            write(aside[path])
-            if path.exists():
-                shutil.copymode(path, aside[path])
-            _to_disk(aside[path])
-        for path, written in aside.items():
-            written.replace(path)
-        _to_disk(next(iter(aside)).parent)
+        for name, write in writers.items():
+            write(aside / f"{name}.new")
+            if (folder / name).exists():
+                shutil.copymode(folder / name, aside / f"{name}.new")
+            _to_disk(aside / f"{name}.new")
+        for name in writers:
+            (aside / f"{name}.new").replace(folder / name)
+        _to_disk(folder)
     finally:
-        for written in aside.values():
-            written.unlink(missing_ok=True)
+        shutil.rmtree(aside)
 
 
 def _to_disk(path: Path) -> None:

@@ -136,7 +136,7 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(saved, dtype):
             assert found.provenance.prompts == itda.provenance.prompts
             assert found.provenance.identities("tokens") == itda.provenance.identities("tokens")
             loaded += 1
-    assert loaded < len(whole) / 11 / 20
+    assert loaded < len(whole) / 11 / (20 if dtype in ("float32", "float64") else 10)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

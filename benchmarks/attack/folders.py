@@ -12,6 +12,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from sae_lens import SAE
 from safetensors import SafetensorError
 from torch.nn.functional import normalize
 
-from benchmarks.attack.mutations import BOMBS, MUTATIONS
+from benchmarks.attack.mutations import BOMBS, MUTATIONS, Mutation
 from itda_lens import ITDA, Provenance
 
 COUNT = 5000
@@ -40,7 +41,7 @@ class Outcome(NamedTuple):
     """Of the memory that is allowed."""
 
 
-def run(scale: float, seed: int) -> list[dict[str, Any]]:
+def run(scale: float, seed: int, mutations: Sequence[Mutation] = (*MUTATIONS, *BOMBS)) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     chance = random.Random(seed)
     each = max(1, round(COUNT * scale / len(MUTATIONS)))
@@ -49,7 +50,7 @@ def run(scale: float, seed: int) -> list[dict[str, Any]]:
         for i, folder in enumerate(folders):
             _itda(i).save_model(folder)
         rows = []
-        for mutate in (*MUTATIONS, *BOMBS):
+        for mutate in mutations:
             found = []
             for i in range(len(_DTYPES) if mutate in BOMBS else each):
                 work, whole = Path(name, "work"), folders[i % 4]
@@ -74,7 +75,7 @@ def _row(name: str, found: list[Outcome]) -> dict[str, Any]:
 
 def _outcome(folder: Path, whole: Path, dtype: str, bomb: bool) -> Outcome:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload(["__main__", __name__])
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_load, args=(there, folder, whole, dtype, bomb))
     process.start()

@@ -4,6 +4,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -132,9 +133,7 @@ def field_left_out(folder: Path, other: Path, chance: Random) -> None:
 
 
 def bomb_of_zeros(folder: Path, other: Path, chance: Random) -> None:
-    stream = zlib.compressobj(9)
-    pieces = [stream.compress(bytes(1 << 20)) for _ in range(4000)]
-    _bomb(folder, b"".join([*pieces, stream.flush()]))
+    _bomb(folder, _zeros())
 
 
 def bomb_of_prompts_that_share(folder: Path, other: Path, chance: Random) -> None:
@@ -203,6 +202,13 @@ MUTATIONS: list[Mutation] = [
     field_of_the_configuration,
     field_left_out,
 ]
+
+
+@cache
+def _zeros() -> bytes:
+    """1 MB that become 1 GB."""
+    stream = zlib.compressobj(1)
+    return b"".join([*(stream.compress(bytes(1 << 20)) for _ in range(1000)), stream.flush()])
 
 
 def _flip(path: Path, chance: Random) -> None:
