@@ -417,7 +417,8 @@ class ITDA(SAE[ITDAConfig]):
         values, indices = solve(begin, atoms.detach(), gram, k, nonnegative=nonnegative, orthogonal=orthogonal)
         if torch.is_grad_enabled():
             on_path = correlations.reshape(start.shape).gather(-1, indices)
-            values = coefficients_on_path(on_path, atoms[indices], values != 0, orthogonal)
+            replayed = coefficients_on_path(on_path, atoms[indices], values != 0, orthogonal)
+            values = values + (replayed - replayed.detach())  # their gradients alone
         shape = (*correlations.shape[:-1], k)
         return SparseCodes(values.reshape(shape), indices.reshape(shape))
 

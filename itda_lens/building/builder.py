@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from itda_lens.building.checks import as_bool, check_counts, check_range
 from itda_lens.building.growing import GrowingDictionary
 from itda_lens.building.losses import LOSSES, LossName, check_threshold, rounding
 from itda_lens.building.paper import judge_batch
@@ -16,7 +17,7 @@ from itda_lens.building.sequential import judge_in_order
 from itda_lens.building.sizing import Sizing
 from itda_lens.building.state import BuildState, Tally, Tokens
 from itda_lens.provenance import Provenance, Tokenizer, same_tokenizer
-from itda_lens.pursuit import unit_rows
+from itda_lens.pursuit import lengths, unit_rows
 from itda_lens.sae import ITDA
 from itda_lens.streams.massive import is_massive
 
@@ -101,7 +102,7 @@ class DictionaryBuilder:
         tokenizer: Tokenizer | None = None,
         device: torch.device | str = "cpu",
     ):
-        _check_counts(d_in=d_in, k=k, n_atoms=n_atoms, tokens=tokens, center_tokens=center_tokens)
+        check_counts(d_in=d_in, k=k, n_atoms=n_atoms, tokens=tokens, center_tokens=center_tokens)
         if loss not in LOSSES:
             raise ValueError(f"loss must be one of {sorted(LOSSES)}, got {loss!r}")
         if threshold is not None:
@@ -218,8 +219,9 @@ class DictionaryBuilder:
             unjudged: True for masked tokens that are no padding, such as BOS: one that is massive becomes an atom.
 
         Raises:
-            ValueError: the width is another, shapes disagree, or an unmasked activation is NaN or infinite
-                (the message names its sequence and position). The builder is left as it was.
+            ValueError: the width is another, shapes disagree, an unmasked activation is NaN, infinite or beyond what
+                float32 holds (the message names its sequence and position), or tokens are missing that earlier calls
+                gave. The builder is left as it was.
         """
         x, mask, others = self._checked(activations, tokens, mask, unjudged)
         before = copy.copy(self._state.tally)
@@ -266,6 +268,12 @@ class DictionaryBuilder:
         keep = torch.cat([keep[dictionary.sink[keep]], keep[~dictionary.sink[keep]]])
         row, position = dictionary.row[keep], dictionary.position[keep]
         sequences = {r: self._sequences[r] for r in row.unique().tolist() if r in self._sequences}
+        if 0 < len(sequences) < len(row.unique()):
+            warnings.warn(
+                f"the tokens of {len(row.unique()) - len(sequences)} of {len(row.unique())} rows with atoms were never "
+                "given, so this ITDA has no text: build without tokens, or give them from the first row on",
+                stacklevel=2,
+            )
         if len(sequences) < len(row.unique()):
             sequences = {}
         k = min(self.k, len(keep))
@@ -350,12 +358,12 @@ class DictionaryBuilder:
 
     def _measure(self, x: Tensor) -> None:
         """The mean and the usual norm about it, of all but massive tokens."""
-        norms = x.norm(dim=-1)
+        norms = lengths(x)
         if not norms.any():
             return
         ordinary = x[~is_massive(norms, norms[norms > 0].median())]
         self._state.bias = ordinary.double().mean(dim=0).float()
-        self._state.scale = float((ordinary - self._state.bias).norm(dim=-1).median())
+        self._state.scale = float(lengths(ordinary - self._state.bias).median())
 
     def _forget_sequences(self) -> None:
         wanted = set(self._state.dictionary.row.tolist()).union(*(row.tolist() for _, row, *_ in self._held_back))
@@ -376,17 +384,15 @@ class DictionaryBuilder:
                 raise ValueError(
                     f"{name} has shape {tuple(other.shape)}, but the activations have {tuple(x.shape[:2])}"
                 )
-        mask = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else _as_bool("mask", mask)
-        finite = x.isfinite().all(dim=-1).cpu()
-        others = torch.zeros_like(mask) if unjudged is None else _as_bool("unjudged", unjudged) & ~mask & finite
-        bad = (~finite & mask).nonzero()
-        if len(bad):
-            sequence, position = bad[0].tolist()
+        if tokens is None and self._sequences and not self.done:
             raise ValueError(
-                f"the activation of sequence {self._rows_seen + sequence} (number {sequence} of this call) at position "
-                f"{position} holds NaN or infinite values, as do {len(bad) - 1} others: mask them, or run the model in "
-                "a wider dtype"
+                f"this update gives no tokens, but those before it did: the text of all {self.n_atoms} atoms would be "
+                "lost. Give the tokens of these activations too"
             )
+        mask = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else as_bool("mask", mask)
+        finite = x.isfinite().all(dim=-1).cpu()
+        others = torch.zeros_like(mask) if unjudged is None else as_bool("unjudged", unjudged) & ~mask & finite
+        check_range(x, mask, others, self._rows_seen)
         return x, mask, others
 
     def _report(self) -> None:
@@ -440,17 +446,3 @@ class DictionaryBuilder:
             "orthogonal": self.orthogonal,
             **self._state.sizing.settings(),
         }
-
-
-def _check_counts(**counts: int | None) -> None:
-    for name, value in counts.items():
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-
-
-def _as_bool(name: str, mask: Tensor) -> Tensor:
-    """A mask as it comes, of any dtype: an attention mask holds the numbers 0 and 1."""
-    mask = mask.detach().cpu()
-    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
-        raise ValueError(f"{name} must hold 0 and 1, or False and True, but goes from {mask.min()} to {mask.max()}")
-    return mask.bool()

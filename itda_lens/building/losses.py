@@ -14,25 +14,25 @@ class Loss(NamedTuple):
     """A loss for each activation, and the range that it can take."""
 
     measure: Callable[[Tensor, Tensor, Tensor], Tensor]
-    """From activations, reconstructions (both `[b, d]`, raw) and the bias `[d]` to losses `[b]`."""
+    """From activations, reconstructions (both `[b, d]`, raw) and the bias to losses `[b]`."""
     upper: Callable[[int, bool], float]
     """The largest value that it can take, given the width and whether the mean is removed; the smallest is 0."""
     falls_with_steps: bool = False
     """Whether it is a squared relative residual norm, which no further step of pursuit raises."""
 
 
-def relative(x: Float[Tensor, "b d"], x_hat: Float[Tensor, "b d"], bias: Float[Tensor, " d"]) -> Float[Tensor, " b"]:
+def relative(x: Float[Tensor, "b d"], x_hat: Float[Tensor, "b d"], bias: Float[Tensor, "*b d"]) -> Float[Tensor, " b"]:
     """`|x - x_hat|^2 / |x - b|^2`: the share of squared norm about the bias that is left. Never grows with steps."""
     scale = (x - bias).square().sum(-1)
     return ((x - x_hat).square().sum(-1) / scale).where(scale > 0, 0)
 
 
-def cosine(x: Float[Tensor, "b d"], x_hat: Float[Tensor, "b d"], bias: Float[Tensor, " d"]) -> Float[Tensor, " b"]:
+def cosine(x: Float[Tensor, "b d"], x_hat: Float[Tensor, "b d"], bias: Float[Tensor, "*b d"]) -> Float[Tensor, " b"]:
     """`1 - cos(x, x_hat)`, on raw activations."""
     return 1 - torch.nn.functional.cosine_similarity(x, x_hat, dim=-1)
 
 
-def paper(x: Float[Tensor, "b d"], x_hat: Float[Tensor, "b d"], bias: Float[Tensor, " d"]) -> Float[Tensor, " b"]:
+def paper(x: Float[Tensor, "b d"], x_hat: Float[Tensor, "b d"], bias: Float[Tensor, "*b d"]) -> Float[Tensor, " b"]:
     """`mean over d of (x/|x| - x_hat/|x_hat|)^2 = 2 (1 - cos) / d`: what the paper's released code computes."""
     return (torch.nn.functional.normalize(x, dim=-1) - torch.nn.functional.normalize(x_hat, dim=-1)).square().mean(-1)
 

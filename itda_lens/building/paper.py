@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from itda_lens.building.state import BuildState, Tokens
-from itda_lens.pursuit import matching_pursuit
+from itda_lens.building.state import BuildState, Tokens, Units
+from itda_lens.pursuit import lengths, matching_pursuit, near_one
 
 
 def judge_batch(state: BuildState, tokens: Tokens) -> None:
@@ -24,15 +24,16 @@ def judge_batch(state: BuildState, tokens: Tokens) -> None:
         _add(state, first[order], tokens, x.new_full((len(x),), float("inf")))
     if len(x) == 0 or state.done:
         return
-    losses = state.losses(x, matching_pursuit(x, dictionary.atoms, state.k))
+    units = Units.of(x, state.bias)
+    losses = state.losses(units, matching_pursuit(units.x, dictionary.atoms, state.k))
     _add(state, (losses > state.sizing.threshold).nonzero()[:, 0], tokens, losses)
     state.tally.count(losses)
 
 
 def _add(state: BuildState, chosen: Tensor, tokens: Tokens, losses: Tensor) -> None:
-    chosen = chosen[tokens.x[chosen].norm(dim=-1) > 0]
+    chosen = chosen[lengths(tokens.x[chosen]) > 0]
     if state.sizing.n_atoms is not None:
         chosen = chosen[: state.sizing.n_atoms - state.dictionary.n]
-    atoms, places = torch.nn.functional.normalize(tokens.x[chosen], dim=-1), chosen.cpu()
+    atoms, places = torch.nn.functional.normalize(near_one(tokens.x[chosen])[0], dim=-1), chosen.cpu()
     state.dictionary.extend(atoms, tokens.row[places], tokens.position[places], losses[chosen].double().cpu())
     state.tally.added += len(chosen)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from itda_lens.building.kernel import judge_block
 from itda_lens.building.paths import mark_changed
-from itda_lens.building.state import ROOM, BuildState, Tokens
+from itda_lens.building.state import ROOM, BuildState, Tokens, Units
 from itda_lens.pursuit import SparseCodes, gram_fits, in_threads, inner_products
 from itda_lens.pursuit.kernel import pursue_rows
 
@@ -45,10 +45,12 @@ def _is_compiled(state: BuildState) -> bool:
 def _judge_compiled(state: BuildState, tokens: Tokens) -> Float[Tensor, " b"]:
     """As `_judge_block`, by the compiled loop: all products first, then one token after the other."""
     dictionary, n, k = state.dictionary, state.dictionary.n, state.k
-    centered = tokens.x - state.bias
+    units = Units.of(tokens.x, state.bias)
+    centered = units.centered
     lengths = centered.norm(dim=-1)
     energy = lengths.double().square()
-    limit = torch.where(tokens.massive, state.scale**2, max(state.sizing.threshold, state.floor) * energy)
+    usual = (state.scale / units.unit) ** 2
+    limit = torch.where(tokens.massive, usual, max(state.sizing.threshold, state.floor) * energy)
     limit.masked_fill_((tokens.x == 0).all(dim=-1), torch.inf)
     left, floor = energy.clone(), limit * ROOM**2
     values, indices = centered.new_zeros(len(centered), k), torch.zeros(len(centered), k, dtype=torch.int64)
@@ -86,11 +88,12 @@ def _judge_block(state: BuildState, tokens: Tokens) -> Float[Tensor, " b"]:
     Returns the losses of the tokens that were judged: all of them, or the first ones where the dictionary is full.
     """
     x, massive, dictionary, threshold = tokens.x, tokens.massive, state.dictionary, state.sizing.threshold
-    products = _Products(x - state.bias, dictionary.atoms)
+    units = Units.of(x, state.bias)
+    products = _Products(units.centered, dictionary.atoms)
 
     def encode(part: slice) -> tuple[SparseCodes, Tensor]:
         products.fill(part)
-        return state.encode(x[part], products.of(part), massive[part])
+        return state.encode(units.part(part), products.of(part), massive[part])
 
     parts = in_threads(encode, x)
     codes = SparseCodes(*map(torch.cat, zip(*(codes for codes, _ in parts), strict=True)))
@@ -104,7 +107,7 @@ def _judge_block(state: BuildState, tokens: Tokens) -> Float[Tensor, " b"]:
         start += int(waiting[0])
         if stale[start]:
             again = start + stale[start:].nonzero()[:RETRY_TOKENS, 0]
-            found, losses[again] = state.encode(x[again], products.of(again), massive[again])
+            found, losses[again] = state.encode(units.part(again), products.of(again), massive[again])
             codes.values[again], codes.indices[again] = found
             stale[again] = False
             continue

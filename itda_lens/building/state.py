@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from itda_lens.building.growing import GrowingDictionary
 from itda_lens.building.losses import Loss
 from itda_lens.building.sizing import Sizing
-from itda_lens.pursuit import SparseCodes
+from itda_lens.pursuit import SparseCodes, lengths, near_one
 from itda_lens.streams.massive import is_massive
 
 ROOM = 1 - 1e-4
@@ -30,6 +30,28 @@ class Tokens(NamedTuple):
 
     def part(self, which: slice) -> "Tokens":
         return Tokens(*(field[which] for field in self))
+
+
+class Units(NamedTuple):
+    """Activations, each with the bias in a unit of its own that brings it near 1 (see `near_one`); losses stay."""
+
+    x: Float[Tensor, "b d"]
+    bias: Float[Tensor, "*b d"]
+    unit: Float64[Tensor, "*b"]
+
+    @staticmethod
+    def of(x: Float[Tensor, "b d"], bias: Float[Tensor, " d"]) -> "Units":
+        _, units = near_one(x - bias)
+        if units is None:
+            return Units(x, bias, torch.ones((), dtype=torch.float64, device=x.device))
+        return Units(x / units[:, None], bias / units[:, None], units.double())
+
+    @property
+    def centered(self) -> Float[Tensor, "b d"]:
+        return self.x - self.bias
+
+    def part(self, which: slice | Tensor) -> "Units":
+        return Units(self.x[which], *((self.bias[which], self.unit[which]) if self.unit.ndim else self[1:]))
 
 
 @dataclass
@@ -78,34 +100,34 @@ class BuildState:
 
     def massive(self, x: Float[Tensor, "b d"]) -> Bool[Tensor, " b"]:
         """Which raw activations are massive."""
-        norms = (x - self.bias).norm(dim=-1)
+        norms = lengths(x - self.bias)
         return is_massive(norms, self.scale) if self.scale > 0 else torch.zeros_like(norms, dtype=torch.bool)
 
     def encode(
-        self, x: Float[Tensor, "b d"], products: Float[Tensor, "b n"], massive: Bool[Tensor, " b"]
+        self, x: Units, products: Float[Tensor, "b n"], massive: Bool[Tensor, " b"]
     ) -> tuple[SparseCodes, Float[Tensor, " b"]]:
-        """The codes of raw activations under the atoms so far, and their losses; `products` are of `x - bias`.
+        """The codes of activations under the atoms so far, in the same units, and their losses.
+
+        `products` are of what is centered.
 
         Where further steps can't raise the loss, a token leaves the loop as soon as it is at or below the threshold.
         """
         leaves = math.sqrt(self.sizing.threshold) * ROOM if self.loss.falls_with_steps else 0.0
-        energy = (x - self.bias).square().sum(dim=-1)
+        energy = x.centered.square().sum(dim=-1)
         codes = self.dictionary.pursue(products, energy, self.k, leaves)
         if massive.any():
             whole = self.dictionary.pursue(products[massive], energy[massive], self.k, 0.0)
             codes.values[massive], codes.indices[massive] = whole
         return codes, self.losses(x, codes, massive)
 
-    def losses(
-        self, x: Float[Tensor, "b d"], codes: SparseCodes, massive: Bool[Tensor, " b"] | None = None
-    ) -> Float[Tensor, " b"]:
-        """The loss of each raw activation under its code; 0 for all-zero activations, which never become atoms.
+    def losses(self, x: Units, codes: SparseCodes, massive: Bool[Tensor, " b"] | None = None) -> Float[Tensor, " b"]:
+        """The loss of each activation under its code; 0 for all-zero activations, which never become atoms.
 
         Of massive ones 0 or infinite: whether they pass or become atoms, whatever the threshold.
         """
-        decoded = codes.decode(self.dictionary.atoms) if self.dictionary.n else torch.zeros_like(x)
-        losses = self.loss.measure(x, self.bias + decoded, self.bias)
+        decoded = codes.decode(self.dictionary.atoms) if self.dictionary.n else torch.zeros_like(x.x)
+        losses = self.loss.measure(x.x, x.bias + decoded, x.bias)
         if massive is not None and massive.any():
-            left = (x[massive] - self.bias - decoded[massive]).norm(dim=-1)
+            left = (x.centered[massive] - decoded[massive]).norm(dim=-1) * x.part(massive).unit
             losses[massive] = torch.where(left > self.scale, torch.inf, 0.0)
-        return losses.masked_fill((losses <= self.floor) | (x == 0).all(dim=-1), 0)
+        return losses.masked_fill((losses <= self.floor) | (x.x == 0).all(dim=-1), 0)

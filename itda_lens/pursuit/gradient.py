@@ -28,10 +28,13 @@ def coefficients_on_path(
         used: slots in use `[b, k]`; the others get coefficient 0.
         orthogonal: the coefficients were fitted together.
     """
+    dtype = correlations.dtype
+    if orthogonal:  # atoms that lean together leave float32 few digits
+        correlations, chosen = correlations.double(), chosen.double()
     chosen = chosen * used[..., None]
     system, right = chosen @ chosen.mT + torch.diag_embed((~used).to(chosen)), (correlations * used)[..., None]
     if orthogonal:
-        return torch.linalg.solve(system, right)[..., 0]
+        return torch.linalg.solve(system, right)[..., 0].to(dtype)
     return torch.linalg.solve_triangular(system.tril(), right, upper=False)[..., 0]
 
 
