@@ -409,11 +409,12 @@ class ITDA(SAE[ITDAConfig]):
     def _pursue_from(self, correlations: Tensor, atoms: Tensor, nonnegative: bool, x: Tensor | None) -> SparseCodes:
         gram, k, orthogonal = self._gram.get(atoms), self.cfg.k, self.cfg.orthogonal
         atoms, start = atoms.to(correlations.dtype), correlations.detach().reshape(-1, len(atoms))
-        exact = orthogonal and x is not None
-        solve, begin = (pursue, x.detach().flatten(0, -2)) if exact else (pursue_correlations, start)
-        values, indices = solve(begin, atoms.detach(), gram, k, nonnegative=nonnegative, orthogonal=orthogonal)
+        solve = pursue_correlations
+        if orthogonal and x is not None:
+            solve, start = pursue, x.detach().reshape(-1, x.shape[-1])
+        values, indices = solve(start, atoms.detach(), gram, k, nonnegative=nonnegative, orthogonal=orthogonal)
         if torch.is_grad_enabled():
-            on_path = correlations.reshape(start.shape).gather(-1, indices)
+            on_path = correlations.reshape(-1, len(atoms)).gather(-1, indices)
             replayed = coefficients_on_path(on_path, atoms[indices], values != 0, orthogonal)
             values = values + (replayed - replayed.detach())  # their gradients alone
         shape = (*correlations.shape[:-1], k)
