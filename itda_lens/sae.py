@@ -367,8 +367,10 @@ class ITDA(SAE[ITDAConfig]):
         return self._decompose(sae_in, self.W_dec, self.cfg.nonnegative)
 
     def _decompose(self, sae_in: Tensor, atoms: Tensor, nonnegative: bool) -> SparseCodes:
-        gram, k, orthogonal = self._gram.get(atoms), self.cfg.k, self.cfg.orthogonal
+        gram, k, orthogonal = self._gram, self.cfg.k, self.cfg.orthogonal
         codes = matching_pursuit(sae_in, atoms, k, gram=gram, nonnegative=nonnegative, orthogonal=orthogonal)
+        if not self._knows_no_usual_norm:
+            return codes
         massive, usual = self._massive(sae_in)
         if not massive.any():
             return codes
@@ -377,16 +379,20 @@ class ITDA(SAE[ITDAConfig]):
         found = pursue_further(rows, flat, atoms, massive.flatten(), usual, gram=gram, nonnegative=nonnegative)
         return SparseCodes(*(part.reshape(*massive.shape, -1) for part in found))
 
+    @property
+    def _knows_no_usual_norm(self) -> bool:
+        record: Any = self.cfg.metadata.itda_build or {}
+        from_model = self.cfg.metadata.hook_name is not None and self.cfg.normalize_activations == "none"
+        return from_model and record.get("typical_norm") is None
+
     def _massive(self, sae_in: Tensor) -> tuple[Tensor, Tensor]:
         """Which activations are massive and have no atoms of their own, and the usual norm.
 
         Dictionaries from before such tokens got atoms hold none that explain BOS, and the model is lost without it.
         They do not know what norm is usual, either: it is taken from the activations that come together.
         """
-        record: Any = self.cfg.metadata.itda_build or {}
         norms = lengths(sae_in.detach().float())
-        from_model = self.cfg.metadata.hook_name is not None and self.cfg.normalize_activations == "none"
-        if record.get("typical_norm") is not None or not from_model or norms.numel() < _ENOUGH_FOR_A_MEDIAN:
+        if not self._knows_no_usual_norm or norms.numel() < _ENOUGH_FOR_A_MEDIAN:
             return torch.zeros_like(norms, dtype=torch.bool), norms.new_zeros(())
         usual = norms.median()
         return is_massive(norms, usual), usual
@@ -411,12 +417,12 @@ class ITDA(SAE[ITDAConfig]):
     def _pursue_from(self, correlations: Tensor, atoms: Tensor, nonnegative: bool, x: Tensor | None) -> SparseCodes:
         gram, k, orthogonal = self._gram.get(atoms), self.cfg.k, self.cfg.orthogonal
         atoms, start = atoms.to(correlations.dtype), correlations.detach().reshape(-1, len(atoms))
-        solve, begin = pursue_correlations, start
+        solve = pursue_correlations
         if orthogonal and x is not None:
-            solve, begin = pursue, x.detach().flatten(0, -2)
-        values, indices = solve(begin, atoms.detach(), gram, k, nonnegative=nonnegative, orthogonal=orthogonal)
+            solve, start = pursue, x.detach().reshape(-1, x.shape[-1])
+        values, indices = solve(start, atoms.detach(), gram, k, nonnegative=nonnegative, orthogonal=orthogonal)
         if torch.is_grad_enabled():
-            on_path = correlations.reshape(start.shape).gather(-1, indices)
+            on_path = correlations.reshape(-1, len(atoms)).gather(-1, indices)
             replayed = coefficients_on_path(on_path, atoms[indices], values != 0, orthogonal)
             values = values + (replayed - replayed.detach())  # their gradients alone
         shape = (*correlations.shape[:-1], k)

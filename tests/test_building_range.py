@@ -83,5 +83,5 @@ def test_text_is_never_dropped_without_a_word(center):
     late = DictionaryBuilder(12, k=3, threshold=0.1, center=False)
     late.update(stream())
     late.update(stream(1) * torch.randn(12), tokens)
-    with pytest.warns(UserWarning, match="were never given, so this ITDA has no text"):
+    with pytest.warns(UserWarning, match="were never given, so the dictionary has no text"):
         assert late.to_itda().provenance.kinds == ("position",)

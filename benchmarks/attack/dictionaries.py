@@ -54,7 +54,7 @@ def activations(atoms: Tensor, rows: int, generator: torch.Generator) -> Tensor:
 
 
 def real(n: int, rows: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Activations of the embedded model, and atoms of its own: as they are, about their mean, whole and of a head."""
+    """Activations of the embedded model, and atoms of its own: as they are and centered, whole and of one head."""
     from itda_lens import embedded
 
     model = embedded.model()

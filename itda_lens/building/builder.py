@@ -125,7 +125,7 @@ class DictionaryBuilder:
         self._bias_is_known = not center
         self._sequences: dict[int, Tensor] = {}
         self._held_back: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        self._rows_seen = 0
+        self._rows_seen, self._tokens_given = 0, False
         self._metadata: dict[str, Any] = {}
 
     @staticmethod
@@ -227,6 +227,7 @@ class DictionaryBuilder:
         before = copy.copy(self._state.tally)
         first_row = self._rows_seen
         self._rows_seen += len(x)
+        self._tokens_given |= tokens is not None
         if not self.done:
             keep = (mask | others).flatten()
             row = torch.arange(first_row, self._rows_seen).repeat_interleave(x.shape[1])[keep]
@@ -271,7 +272,7 @@ class DictionaryBuilder:
         if 0 < len(sequences) < len(row.unique()):
             warnings.warn(
                 f"the tokens of {len(row.unique()) - len(sequences)} of {len(row.unique())} rows with atoms were never "
-                "given, so this ITDA has no text: build without tokens, or give them from the first row on",
+                "given, so the dictionary has no text: build without tokens, or give them from the first row on",
                 stacklevel=2,
             )
         if len(sequences) < len(row.unique()):
@@ -308,6 +309,7 @@ class DictionaryBuilder:
             "held_back": [torch.cat(parts) for parts in zip(*self._held_back, strict=True)],
             "sequences": {row: tokens.clone() for row, tokens in self._sequences.items()},
             "rows_seen": self._rows_seen,
+            "tokens_given": self._tokens_given,
             "tally": asdict(self._state.tally),
             "sizing": self._state.sizing.state_dict(),
             "metadata": copy.deepcopy(self._metadata),
@@ -334,7 +336,7 @@ class DictionaryBuilder:
             masked_in = held[3] if len(held) > 3 else torch.ones_like(held[1], dtype=torch.bool)
             self._held_back = [(held[0], held[1], held[2], masked_in)]
         self._sequences = dict(state["sequences"])
-        self._rows_seen = state["rows_seen"]
+        self._rows_seen, self._tokens_given = state["rows_seen"], state.get("tokens_given", False)
         self._metadata = copy.deepcopy(state["metadata"])
 
     def _take(self, x: Tensor, row: Tensor, position: Tensor, masked_in: Tensor) -> None:
@@ -384,7 +386,7 @@ class DictionaryBuilder:
                 raise ValueError(
                     f"{name} has shape {tuple(other.shape)}, but the activations have {tuple(x.shape[:2])}"
                 )
-        if tokens is None and self._sequences and not self.done:
+        if tokens is None and self._tokens_given and not self.done:
             raise ValueError(
                 f"this update gives no tokens, but those before it did: the text of all {self.n_atoms} atoms would be "
                 "lost. Give the tokens of these activations too"

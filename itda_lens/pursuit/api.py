@@ -6,7 +6,8 @@ from torch import Tensor
 
 from itda_lens.pursuit.codes import SparseCodes
 from itda_lens.pursuit.gradient import differentiable
-from itda_lens.pursuit.gram import Gram, GramRows, gram_within_limit
+from itda_lens.pursuit.gram import Gram, GramCache, GramRows, gram_within_limit
+from itda_lens.pursuit.operator import is_transformed, pursue_transformed
 from itda_lens.pursuit.precision import without_autocast
 from itda_lens.pursuit.solver import pursue
 
@@ -22,7 +23,7 @@ def matching_pursuit(
     atoms: Float[Tensor, "n _"],
     k: int,
     *,
-    gram: Float[Tensor, "_ _"] | GramRows | None = None,
+    gram: Float[Tensor, "_ _"] | GramRows | GramCache | None = None,
     nonnegative: bool = False,
     orthogonal: bool = False,
     tolerance: float = 0.0,
@@ -39,7 +40,8 @@ def matching_pursuit(
         x: activations, of any leading shape.
         atoms: the dictionary, rows of unit length.
         k: steps; it may be larger than `n`, as an atom may be chosen again.
-        gram: the inner products of the atoms, float32 (or its rows on demand); computed as it pays if not given.
+        gram: the inner products of the atoms, float32 (or its rows on demand, or a cache of either); computed as it
+            pays if not given.
         nonnegative: only positive coefficients; a row stops when no atom correlates positively.
         orthogonal: after each step all coefficients are the least-squares fit to the chosen atoms (with `nonnegative`,
             the non-negative one, in which some may be 0), so no atom is chosen twice, and one within the span of those
@@ -59,20 +61,36 @@ def matching_pursuit(
     """
     _check(x, atoms, k, gram, tolerance)
     dtype = torch.promote_types(torch.promote_types(x.dtype, atoms.dtype), torch.float32)
-    flat, work = x.reshape(-1, x.shape[-1]).to(dtype), atoms.to(dtype)
-
-    def solve() -> SparseCodes:
-        detached, products = work.detach(), gram
-        if products is None:
-            products = _gram_that_pays(len(flat), detached, k)
-        elif isinstance(products, Tensor):
-            products = products.to(detached).contiguous()
-        return pursue(
-            flat.detach(), detached, products, k, nonnegative=nonnegative, orthogonal=orthogonal, tolerance=tolerance
-        )
-
-    values, indices = differentiable(flat, work, solve, orthogonal)
+    flat, settings = x.reshape(-1, x.shape[-1]).to(dtype), (nonnegative, orthogonal, tolerance)
+    if is_transformed():
+        cache = gram if isinstance(gram, GramCache) else None
+        values, indices = pursue_transformed(flat, atoms, k, cache, *settings)
+    else:
+        work = atoms.to(dtype)
+        values, indices = differentiable(flat, work, lambda: solve(flat, atoms, k, gram, *settings), orthogonal)
     return SparseCodes(values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k))
+
+
+@torch.no_grad()
+def solve(
+    x: Float[Tensor, "b d"],
+    atoms: Float[Tensor, "n d"],
+    k: int,
+    gram: Gram | GramCache | None,
+    nonnegative: bool,
+    orthogonal: bool,
+    tolerance: float,
+) -> SparseCodes:
+    """`matching_pursuit` of rows in the dtype of `x`, without gradients."""
+    work = atoms.detach().to(x.dtype)
+    products = gram.get(atoms) if isinstance(gram, GramCache) else gram
+    check_unit_rows(atoms.detach().float().norm(dim=-1) if products is None else products.diagonal().sqrt())
+    if products is None:
+        products = _gram_that_pays(len(x), work, k)
+    elif isinstance(products, Tensor):
+        products = products.to(work).contiguous()
+    settings = {"nonnegative": nonnegative, "orthogonal": orthogonal, "tolerance": tolerance}
+    return pursue(x.detach(), work, products, k, **settings)
 
 
 def _gram_that_pays(b: int, atoms: Tensor, k: int) -> Gram:
@@ -80,7 +98,7 @@ def _gram_that_pays(b: int, atoms: Tensor, k: int) -> Gram:
     return gram_within_limit(atoms) if len(atoms) < b * k else GramRows(atoms)
 
 
-def _check(x: Tensor, atoms: Tensor, k: int, gram: Gram | None, tolerance: float) -> None:
+def _check(x: Tensor, atoms: Tensor, k: int, gram: Gram | GramCache | None, tolerance: float) -> None:
     n, d = atoms.shape
     if n == 0:
         raise ValueError("atoms is empty: matching pursuit needs at least one atom")
@@ -90,9 +108,8 @@ def _check(x: Tensor, atoms: Tensor, k: int, gram: Gram | None, tolerance: float
         raise ValueError(f"k is the number of steps and must be at least 1, got {k}")
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance is a relative residual norm and must be in [0, 1), got {tolerance}")
-    if gram is not None and gram.shape != (n, n):
+    if not isinstance(gram, GramCache | None) and gram.shape != (n, n):
         raise ValueError(f"gram has shape {tuple(gram.shape)}, but {n} atoms need ({n}, {n})")
-    check_unit_rows(atoms.detach().float().norm(dim=-1) if gram is None else gram.diagonal().sqrt())
 
 
 @torch.no_grad()

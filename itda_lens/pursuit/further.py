@@ -7,7 +7,7 @@ from torch.nn.functional import pad
 
 from itda_lens.pursuit.api import matching_pursuit
 from itda_lens.pursuit.codes import SparseCodes
-from itda_lens.pursuit.gram import Gram
+from itda_lens.pursuit.gram import Gram, GramCache
 from itda_lens.pursuit.scale import lengths
 
 
@@ -18,7 +18,7 @@ def pursue_further(
     which: Bool[Tensor, " b"],
     limit: float | Float[Tensor, ""],
     *,
-    gram: Gram | None = None,
+    gram: Gram | GramCache | None = None,
     nonnegative: bool = False,
 ) -> SparseCodes:
     """Codes in which some activations have as many atoms as it takes: until no more than `limit` is left of them.

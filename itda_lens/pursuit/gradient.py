@@ -28,14 +28,24 @@ def coefficients_on_path(
         used: slots in use `[b, k]`; the others get coefficient 0.
         orthogonal: the coefficients were fitted together.
     """
-    dtype = correlations.dtype
-    if orthogonal:  # atoms that lean together leave float32 few digits
-        correlations, chosen = correlations.double(), chosen.double()
+    right = (correlations * used).to(_work_dtype(correlations, orthogonal))[..., None]
+    return _solve(_system(chosen.to(right), used, orthogonal), right, orthogonal)[..., 0].to(correlations)
+
+
+def _work_dtype(x: Tensor, orthogonal: bool) -> torch.dtype:
+    return torch.float64 if orthogonal else x.dtype  # atoms that lean together leave float32 few digits
+
+
+def _system(chosen: Float[Tensor, "b k d"], used: Tensor, orthogonal: bool) -> Float[Tensor, "b k k"]:
     chosen = chosen * used[..., None]
-    system, right = chosen @ chosen.mT + torch.diag_embed((~used).to(chosen)), (correlations * used)[..., None]
+    products = chosen @ chosen.mT + torch.diag_embed((~used).to(chosen))
+    return products if orthogonal else products.tril()
+
+
+def _solve(system: Tensor, right: Tensor, orthogonal: bool, transposed: bool = False) -> Tensor:
     if orthogonal:
-        return torch.linalg.solve(system, right)[..., 0].to(dtype)
-    return torch.linalg.solve_triangular(system.tril(), right, upper=False)[..., 0]
+        return torch.linalg.solve(system, right)
+    return torch.linalg.solve_triangular(system.mT if transposed else system, right, upper=transposed)
 
 
 def differentiable(
@@ -60,19 +70,50 @@ class _Pursuit(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @without_autocast
     def backward(ctx: Any, grad_values: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
-        x, atoms, values, indices = ctx.saved_tensors
-        grad_x = torch.empty_like(x)
-        grad_atoms = torch.zeros_like(atoms) if ctx.needs_input_grad[1] else None
-        rows = max(1, _CHUNK_ELEMENTS // (indices.shape[1] * x.shape[1]))
-        for part in torch.arange(len(x), device=x.device).split(rows):
-            x_part = x[part].detach().requires_grad_()
-            chosen = atoms[indices[part]].detach().requires_grad_()
-            with torch.enable_grad():
-                correlations = torch.einsum("bkd,bd->bk", chosen, x_part)
-                replayed = coefficients_on_path(correlations, chosen, values[part] != 0, ctx.orthogonal)
-            grad_x[part], grad_chosen = torch.autograd.grad(replayed, (x_part, chosen), grad_values[part])
-            if grad_atoms is not None:
-                grad_atoms.index_add_(0, indices[part].flatten(), grad_chosen.flatten(0, 1))
-        return grad_x, grad_atoms, None, None
+        return (*gradients(*ctx.saved_tensors, grad_values, ctx.orthogonal, ctx.needs_input_grad[1]), None, None)
+
+
+@without_autocast
+def gradients(
+    x: Float[Tensor, "b d"],
+    atoms: Float[Tensor, "n d"],
+    values: Float[Tensor, "b k"],
+    indices: Int64[Tensor, "b k"],
+    grad_values: Float[Tensor, "b k"],
+    orthogonal: bool,
+    to_atoms: bool,
+) -> tuple[Float[Tensor, "b d"], Float[Tensor, "n d"] | None]:
+    """The gradients to `x` and `atoms` of something whose gradient to the coefficients is known."""
+    rows = max(1, _CHUNK_ELEMENTS // (indices.shape[1] * x.shape[1]))
+    grad_x, grad_atoms = [], torch.zeros_like(atoms) if to_atoms else None
+    for part in torch.arange(len(x), device=x.device).split(rows):
+        chosen = atoms[indices[part]]
+        to_x, to_chosen = gradients_on_path(x[part], chosen, values[part], grad_values[part], orthogonal)
+        grad_x.append(to_x)
+        if grad_atoms is not None:
+            grad_atoms.index_add_(0, indices[part].flatten(), to_chosen.flatten(0, 1))
+    return torch.cat(grad_x), grad_atoms
+
+
+def gradients_on_path(
+    x: Float[Tensor, "b d"],
+    chosen: Float[Tensor, "b k d"],
+    values: Float[Tensor, "b k"],
+    grad: Float[Tensor, "b k"],
+    orthogonal: bool,
+) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b k d"]]:
+    """The gradients to activations and chosen atoms, given that to the coefficients.
+
+    With `A v = b` as in `coefficients_on_path` and `A^T u = grad`, they are `u` to `b` and `-u v^T` to `A`.
+    """
+    used, dtype = values != 0, _work_dtype(x, orthogonal)
+    atoms = chosen.to(dtype) * used[..., None]
+    system = _system(atoms, used, orthogonal)
+    u = _solve(system, grad.to(dtype)[..., None], orthogonal, transposed=True)[..., 0] * used
+    to_x = (u[..., None, :] @ atoms)[..., 0, :]
+    to_system = -u[..., :, None] * values.to(dtype)[..., None, :]
+    if not orthogonal:
+        to_system = to_system.tril()
+    to_chosen = u[..., None] * x.to(dtype)[..., None, :] + (to_system + to_system.mT) @ atoms
+    return to_x.to(x), to_chosen.to(x)

@@ -3,7 +3,10 @@
 import os
 import warnings
 from functools import cache
+from itertools import count
 from threading import Lock
+from typing import ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Float, Int64
@@ -139,13 +142,23 @@ class GramCache:
     Copies and pickles of a cache are empty.
     """
 
+    _numbers = count(1)
+    _living: ClassVar["WeakValueDictionary[int, GramCache]"] = WeakValueDictionary()
+
     def __init__(self) -> None:
+        self.number = next(self._numbers)
+        self._living[self.number] = self
         self._gram: Gram | None = None
         self._key: tuple[object, ...] = ()
         self._print: Tensor | None = None
 
     def __reduce__(self) -> tuple[type["GramCache"], tuple[()]]:
         return GramCache, ()
+
+    @staticmethod
+    def numbered(number: int) -> "GramCache | None":
+        """The cache of a number, by which a traced graph names it; None where it is gone."""
+        return GramCache._living.get(number)
 
     @torch.no_grad()
     @without_autocast

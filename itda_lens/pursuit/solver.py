@@ -23,6 +23,7 @@ from itda_lens.pursuit.threads import in_threads
 _BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}
 
 
+@torch.compiler.disable
 @torch.no_grad()
 def pursue(
     x: Float[Tensor, "b d"],
@@ -63,6 +64,7 @@ def pursue(
     return _all_rows(solve, x, gram, factors)
 
 
+@torch.compiler.disable
 @torch.no_grad()
 def pursue_correlations(
     correlations: Float[Tensor, "b n"],
