@@ -1,4 +1,4 @@
-"""Attacks on what users rely on: numerics, files, kills and untrusted text. Each says what it tried and what got through.
+"""Attacks on what users rely on: numerics, files, kills, untrusted text. Each says what it tried and what got through.
 
     python -m benchmarks.attack
 
