@@ -1,7 +1,6 @@
 """ITDA as a SAELens SAE: pursuit for an encoder, real activations for a decoder."""
 
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,6 +16,7 @@ from sae_lens.util import dtype_to_str
 from torch import Tensor, nn
 
 from itda_lens import integrity, saving
+from itda_lens.metadata import with_defaults
 from itda_lens.provenance import Provenance
 from itda_lens.pursuit import (
     GramCache,
@@ -24,12 +24,14 @@ from itda_lens.pursuit import (
     check_unit_rows,
     coefficients_on_path,
     decode_dense,
+    is_transformed,
     lengths,
     matching_pursuit,
     pursue,
     pursue_correlations,
     pursue_further,
     unit_rows,
+    untraced,
     without_autocast,
 )
 from itda_lens.streams.massive import is_massive
@@ -139,7 +141,7 @@ class ITDA(SAE[ITDAConfig]):
             raise ValueError(f"bias has shape {tuple(bias.shape)}, but atoms of width {d} need ({d},)")
         if isinstance(metadata, dict):
             metadata = SAEMetadata(**metadata)
-        metadata = _with_defaults(metadata or SAEMetadata())
+        metadata = with_defaults(metadata or SAEMetadata())
         whole_hook_z = (metadata.hook_name or "").endswith("hook_z") and metadata.hook_head_index is None
         cfg = {
             "dtype": str(atoms.dtype).removeprefix("torch."),
@@ -397,7 +399,13 @@ class ITDA(SAE[ITDAConfig]):
         usual = norms.median()
         return is_massive(norms, usual), usual
 
+    @untraced
     def _pursue_hooked(self, sae_in: Tensor) -> SparseCodes:
+        if is_transformed():
+            raise NotImplementedError(
+                "torch.vmap and torch.func can't follow what a hook makes of correlations: take the hooks off "
+                "hook_sae_acts_pre (itda.reset_hooks())"
+            )
         # What a hook makes of the correlations is where pursuit starts.
         dtype = torch.promote_types(self.dtype, torch.float32)
         start = sae_in.to(dtype) @ self.W_dec.to(dtype).T
@@ -454,31 +462,6 @@ class NonnegativeView(ITDA):
     def _split(self, values: Tensor, indices: Tensor) -> SparseCodes:
         values, indices = SparseCodes(values, indices).merge()
         return SparseCodes(values.abs(), torch.where(values < 0, indices + self.cfg.d_sae // 2, indices))
-
-
-_METADATA_DEFAULTS: dict[str, Any] = {
-    "model_name": None,
-    "model_class_name": None,
-    "hook_name": None,
-    "hook_head_index": None,
-    "prepend_bos": None,
-    "context_size": None,
-    "dataset_path": None,
-    "seqpos_slice": None,
-    "exclude_special_tokens": None,
-    "neuronpedia_id": None,
-    "model_from_pretrained_kwargs": {},
-}
-
-
-def _with_defaults(metadata: SAEMetadata) -> SAEMetadata:
-    complete = {**copy.deepcopy(_METADATA_DEFAULTS), **metadata.to_dict()}
-    for key, value in complete.items():
-        try:
-            json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError) as e:
-            raise ValueError(f"metadata[{key!r}] is {value!r}, and can't be saved as JSON ({e})") from e
-    return SAEMetadata(**complete)
 
 
 def _check_k(k: int, n: int) -> None:

@@ -17,7 +17,7 @@ from itda_lens.building.sequential import judge_in_order
 from itda_lens.building.sizing import Sizing
 from itda_lens.building.state import BuildState, Tally, Tokens
 from itda_lens.provenance import Provenance, Tokenizer, same_tokenizer
-from itda_lens.pursuit import lengths, unit_rows
+from itda_lens.pursuit import lengths, unit_rows, without_autocast
 from itda_lens.sae import ITDA
 from itda_lens.streams.massive import is_massive
 
@@ -202,6 +202,7 @@ class DictionaryBuilder:
         return self._state.done
 
     @torch.no_grad()
+    @without_autocast
     def update(
         self,
         activations: Float[Tensor, "b s *d"],
@@ -249,6 +250,7 @@ class DictionaryBuilder:
             done=self.done,
         )
 
+    @without_autocast
     def to_itda(self, metadata: dict[str, Any] | None = None) -> ITDA:
         """The dictionary as it stands, as an ITDA; the builder can go on afterwards.
 

@@ -5,10 +5,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from itda_lens.pursuit.codes import SparseCodes
+from itda_lens.pursuit.contexts import is_transformed, without_autocast
 from itda_lens.pursuit.gradient import differentiable
 from itda_lens.pursuit.gram import Gram, GramCache, GramRows, gram_within_limit
-from itda_lens.pursuit.operator import is_transformed, pursue_transformed
-from itda_lens.pursuit.precision import without_autocast
+from itda_lens.pursuit.operator import pursue_transformed
 from itda_lens.pursuit.solver import pursue
 
 NORM_TOLERANCE = 2e-2

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from itda_lens.pursuit.contexts import is_transformed, without_autocast
+
 # A dense product is faster once more than one coefficient in so many is not zero.
 _SPARSE = 16
 
@@ -78,7 +80,7 @@ def decode_dense(codes: Float[Tensor, "*batch n"], atoms: Float[Tensor, "n d"]) 
         >>> decode_dense(torch.tensor([[0.0, 2.0]]), torch.eye(2))
         tensor([[0., 2.]])
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_transformed():
         return codes @ atoms  # which are not zero is not known yet
     return _DecodeDense.apply(codes, atoms)  # type: ignore[return-value]
 
@@ -104,6 +106,7 @@ class _DecodeDense(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
         codes, atoms = ctx.saved_tensors
         to_codes = grad @ atoms.T if ctx.needs_input_grad[0] else None

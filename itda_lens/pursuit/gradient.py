@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from itda_lens.pursuit.codes import SparseCodes
-from itda_lens.pursuit.precision import without_autocast
+from itda_lens.pursuit.contexts import without_autocast
 
 _CHUNK_ELEMENTS = 2**24
 
@@ -71,20 +71,22 @@ class _Pursuit(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_values: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
-        return (*gradients(*ctx.saved_tensors, grad_values, ctx.orthogonal, ctx.needs_input_grad[1]), None, None)
+        x, atoms, *codes = ctx.saved_tensors
+        to_x, to_atoms = gradients(x, atoms, SparseCodes(*codes), grad_values, ctx.orthogonal, ctx.needs_input_grad[1])
+        return to_x, to_atoms, None, None
 
 
 @without_autocast
 def gradients(
     x: Float[Tensor, "b d"],
     atoms: Float[Tensor, "n d"],
-    values: Float[Tensor, "b k"],
-    indices: Int64[Tensor, "b k"],
+    codes: SparseCodes,
     grad_values: Float[Tensor, "b k"],
     orthogonal: bool,
     to_atoms: bool,
 ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "n d"] | None]:
     """The gradients to `x` and `atoms` of something whose gradient to the coefficients is known."""
+    values, indices = codes
     rows = max(1, _CHUNK_ELEMENTS // (indices.shape[1] * x.shape[1]))
     grad_x, grad_atoms = [], torch.zeros_like(atoms) if to_atoms else None
     for part in torch.arange(len(x), device=x.device).split(rows):

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from itda_lens.pursuit.precision import without_autocast
+from itda_lens.pursuit.contexts import untraced, without_autocast
 from itda_lens.pursuit.product import inner_products
 
 _CPU_LIMIT = 4 * 2**30
@@ -74,7 +74,7 @@ class GramRows:
 
     def __init__(self, atoms: Float[Tensor, "n d"]):
         self._atoms = _work(atoms)
-        self._squares = torch.einsum("nd,nd->n", self._atoms, self._atoms)
+        self._squares = self._atoms.norm(dim=-1).square()
         self._start()
 
     def _start(self) -> None:
@@ -160,6 +160,7 @@ class GramCache:
         """The cache of a number, by which a traced graph names it; None where it is gone."""
         return GramCache._living.get(number)
 
+    @untraced
     @torch.no_grad()
     @without_autocast
     def get(self, atoms: Float[Tensor, "n d"]) -> Gram:

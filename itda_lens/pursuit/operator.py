@@ -9,13 +9,9 @@ import torch
 from torch import Tensor
 
 from itda_lens.pursuit.codes import SparseCodes
+from itda_lens.pursuit.contexts import without_autocast
 from itda_lens.pursuit.gradient import gradients_on_path
 from itda_lens.pursuit.gram import GramCache
-
-
-def is_transformed() -> bool:
-    """Whether code is traced or transformed just now."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def pursue_transformed(
@@ -32,8 +28,10 @@ class _Pursuit(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        return _pursue(*inputs)
+    def forward(  # type: ignore[override]
+        x: Tensor, atoms: Tensor, k: int, cache: int, nonnegative: bool, orthogonal: bool, tolerance: float
+    ) -> tuple[Tensor, Tensor]:
+        return _pursue(x, atoms, k, cache, nonnegative, orthogonal, tolerance)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -42,6 +40,7 @@ class _Pursuit(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, atoms, values, indices = ctx.saved_tensors
         to_x, to_chosen = gradients_on_path(x, atoms.to(x.dtype)[indices], values, grad, ctx.orthogonal)
@@ -55,7 +54,8 @@ def _pursue(
 ) -> tuple[Tensor, Tensor]:
     from itda_lens.pursuit.api import solve
 
-    return tuple(solve(x, atoms, k, GramCache.numbered(cache), nonnegative, orthogonal, tolerance))
+    values, indices = solve(x, atoms, k, GramCache.numbered(cache), nonnegative, orthogonal, tolerance)
+    return values, indices
 
 
 @_pursue.register_fake

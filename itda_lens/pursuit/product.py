@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from itda_lens.pursuit.precision import without_autocast
+from itda_lens.pursuit.contexts import without_autocast
 
 _ATOMS_AT_ONCE = 2048
 """oneDNN works on a copy of these."""

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from itda_lens.pursuit.codes import SparseCodes
+from itda_lens.pursuit.contexts import untraced
 from itda_lens.pursuit.eager import pursue_eager
 from itda_lens.pursuit.fused import pursue_fused, pursue_orthogonal_fused
 from itda_lens.pursuit.gram import Gram
@@ -23,7 +24,7 @@ from itda_lens.pursuit.threads import in_threads
 _BLOCK_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}
 
 
-@torch.compiler.disable
+@untraced
 @torch.no_grad()
 def pursue(
     x: Float[Tensor, "b d"],
@@ -64,7 +65,7 @@ def pursue(
     return _all_rows(solve, x, gram, factors)
 
 
-@torch.compiler.disable
+@untraced
 @torch.no_grad()
 def pursue_correlations(
     correlations: Float[Tensor, "b n"],

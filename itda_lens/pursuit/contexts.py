@@ -1,4 +1,4 @@
-"""Pursuit is computed in full precision, whatever `torch.autocast` makes of products around it."""
+"""What torch does to all code within a context: autocast, which pursuit leaves, and transformations."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -10,6 +10,16 @@ import torch
 P = ParamSpec("P")
 T = TypeVar("T")
 _DEVICES = ("cpu", "cuda")
+
+
+def is_transformed() -> bool:
+    """Whether code is traced or transformed just now."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def untraced(function: Callable[P, T]) -> Callable[P, T]:
+    """The same function, which `torch.compile` leaves as it is."""
+    return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]
 
 
 def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
