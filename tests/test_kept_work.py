@@ -186,9 +186,13 @@ def test_ctrl_c_does_not_stop_the_saving(tmp_path):
         path.touch()
 
     paths = [tmp_path / str(i) for i in range(3)]
-    assert saving.write_all(dict.fromkeys(paths, write)).places == {path: path for path in paths}
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background begin without it
+    try:
+        assert saving.write_all(dict.fromkeys(paths, write)).places == {path: path for path in paths}
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_build_whose_folder_is_gone_is_saved_elsewhere(tmp_path, elsewhere, capsys, monkeypatch):

@@ -17,7 +17,7 @@ def near_one(x: Float[Tensor, "b d"]) -> tuple[Float[Tensor, "b d"], Float[Tenso
     Example:
         >>> rows, factors = near_one(torch.tensor([[3e30, 0.0], [0.25, 1.0]]))
         >>> rows.tolist(), [math.log2(f) for f in factors.tolist()]
-        ([[1.1832913..., 0.0], [0.25, 1.0]], [101.0, 0.0])
+        ([[0.5916456..., 0.0], [0.25, 1.0]], [102.0, 0.0])
     """
     size = x.abs().amax(dim=-1) if x.shape[-1] else x.new_zeros(len(x))
     usual = ((size > 1 / _USUAL) & (size < _USUAL)) | (size == 0) | ~size.isfinite()
