@@ -182,7 +182,7 @@ def check_model(metadata: SAEMetadata, model: HookedModel, what: str = "this dic
         raise ValueError(
             f"{what} belongs to the model {metadata.model_name!r}, but was given {model.cfg.model_name!r}, whose "
             f"logits on the same tokens differ by {apart:.1%} of their spread: pass the model that it was built on, or "
-            "set metadata.model_name to None (in code or in its cfg.json) to use it with this one all the same"
+            "set metadata.model_name to None (in code; save it again to keep that) to use it with this one all the same"
         )
 
 
@@ -195,7 +195,7 @@ def check_model_name(metadata: SAEMetadata, given: str, what: str = "this dictio
         return
     raise ValueError(
         f"{what} belongs to the model {named!r}, but was given {given!r}: pass the model that it was built on, "
-        "or, where both are names of one model, set metadata.model_name (in code or in its cfg.json)"
+        "or, where both are names of one model, set metadata.model_name (in code; save it again to keep that)"
     )
 
 
