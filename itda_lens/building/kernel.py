@@ -53,7 +53,7 @@ def _judge(older, cross, lengths, limit, floor, values, indices, left, gram, n, 
         for a in range(m):
             gram[n + m, n + a] = cross[i, added[a]] / (lengths[i] * lengths[added[a]])
             gram[n + a, n + m] = gram[n + m, n + a]
-        gram[n + m, n + m] = 1
+        gram[n + m, n + m] = 1  # divided by, so that it must be there before the atom is pursued with
         added[m] = i
         m += 1
         if m == len(added):
