@@ -1,4 +1,4 @@
-"""The metadata that SAELens's code asks an SAE for, and that a file can hold."""
+"""The metadata of an SAE: what SAELens's code asks for, what a file can hold, and what it says of the stream."""
 
 import copy
 import json
@@ -30,3 +30,13 @@ def with_defaults(metadata: SAEMetadata) -> SAEMetadata:
         except (TypeError, ValueError) as e:
             raise ValueError(f"metadata[{key!r}] is {value!r}, and can't be saved as JSON ({e})") from e
     return SAEMetadata(**complete)
+
+
+def prepends_bos(metadata: SAEMetadata) -> bool:
+    """Whether rows begin with BOS: as TransformerLens does it, unless the metadata says no.
+
+    Example:
+        >>> prepends_bos(SAEMetadata()), prepends_bos(SAEMetadata(prepend_bos=False))
+        (True, False)
+    """
+    return metadata.prepend_bos is not False

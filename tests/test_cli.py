@@ -10,12 +10,9 @@ import torch
 from datasets import Dataset
 from sae_lens import SAE, StandardSAE, StandardSAEConfig
 
-from itda_lens import ITDA, cli, embedded
+from itda_lens import ITDA, embedded
+from tests.command_line import run
 from tests.conftest import HOOK
-
-
-def run(*arguments: object) -> None:
-    cli.main([str(argument) for argument in arguments])
 
 
 def test_quickstart_runs_and_prints_code_that_runs(tmp_path, capsys):

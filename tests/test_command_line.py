@@ -12,21 +12,16 @@ from datasets import Dataset, DatasetDict
 
 from itda_lens import ITDA, BuildConfig, cli, embedded, evals, load_model
 from itda_lens.cli import loading
+from tests import command_line
+from tests.command_line import run
 from tests.conftest import HOOK
 
 COMMANDS = ["quickstart", "build", "eval", "explain", "compare", "diff"]
 BUILD = ["build", "--model", "embedded", "--hooks", HOOK, "-k", 4, "--n-atoms", 40, "--tokens", 1000, "--no-progress"]
 
 
-def run(*arguments: object) -> None:
-    cli.main([str(argument) for argument in arguments])
-
-
 def fails(capsys, *arguments: object, status: int = 2) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        run(*arguments)
-    assert stopped.value.code == status
-    return capsys.readouterr().err.replace("\n", " ")
+    return command_line.fails(capsys, *arguments, status=status).replace("\n", " ")  # wrapped at the terminal's width
 
 
 def started(*arguments: str, then: str = "") -> subprocess.CompletedProcess:

@@ -54,6 +54,16 @@ def test_a_cone_is_spanned_as_well_as_float64_spans_it(dtype):
     assert (left < 1e-3).all()
 
 
+@pytest.mark.parametrize("options", SETTINGS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_atoms_that_are_not_exactly_unit_are_pursued_as_they_are(options, dtype):
+    x, atoms = (t.to(dtype) for t in problem("norms within 1.7 %", 11))
+    expected = reference(x.double().numpy(), atoms.double().numpy(), 6, dtype=dtype, **options)
+    for path in ("Gram matrix", "Gram rows on demand"):
+        for steps, norms in _left(x, atoms, 6, options, PATHS[path]).items():
+            torch.testing.assert_close(norms, expected[steps], atol=1e-6, rtol=0)
+
+
 def test_a_step_that_float32_cannot_decide_is_decided_as_in_float64():
     generator = torch.Generator().manual_seed(1)
     for cosine in (0.9, 0.98, 0.9999):

@@ -16,24 +16,14 @@ import pandas as pd
 import pytest
 from matplotlib.image import imread
 
-from itda_lens import ITDA, cli, embedded
+from itda_lens import ITDA, embedded
 from itda_lens.cli import loading, saving
+from tests.command_line import fails, run
 from tests.conftest import HOOK
 
 HOOKS = [HOOK, "blocks.1.hook_mlp_out"]
 BUILD = ["build", "--model", "embedded", "--dataset", "embedded", "-k", 4, "--n-atoms", 40, "--tokens", 1000,
          "--no-progress"]  # fmt: skip
-
-
-def run(*arguments: object) -> None:
-    cli.main([str(argument) for argument in arguments])
-
-
-def fails(capsys, *arguments: object) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        run(*arguments)
-    assert stopped.value.code == 2
-    return capsys.readouterr().err
 
 
 @pytest.fixture

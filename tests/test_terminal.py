@@ -16,22 +16,12 @@ from itda_lens.cli.options import COMMANDS
 from itda_lens.cli.terminal import Terminal
 from itda_lens.interpret import explain
 from itda_lens.streams.models import check_device
+from tests.command_line import fails, run
 from tests.conftest import HOOK
 
 HOOKS = [HOOK, "blocks.1.hook_mlp_out"]
 HARMFUL = "a\x1b]0;title\x07\u202e\x9b[red]:smile:"
 SHOWN = r"a\x1b]0;title\x07\u202e\x9b[red]:smile:"
-
-
-def run(*arguments: object) -> None:
-    cli.main([str(argument) for argument in arguments])
-
-
-def fails(capsys, *arguments: object, status: int = 2) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        run(*arguments)
-    assert stopped.value.code == status
-    return capsys.readouterr().err
 
 
 @pytest.fixture

@@ -111,6 +111,14 @@ def test_a_dictionary_is_the_same_from_a_generator(model):
     assert alike[0].atoms.equal(alike[1].atoms)
 
 
+def test_half_a_character_in_a_text_is_read_as_one_that_is_not_known(model):
+    broken, whole = ["a\ud800b", "\ud83d\ude00 and so on"], ["a\ufffdb", "\U0001f600 and so on"]
+    config = BuildConfig(k=2, n_atoms=8, threshold=0.1, context_size=16, progress=False)
+    found, expected = (build(model, [*texts, *TEXTS * 9], HOOK, config)[HOOK] for texts in (broken, whole))
+    assert [found.provenance.tokens(i) for i in range(8)] == [expected.provenance.tokens(i) for i in range(8)]
+    assert "\ufffd" in found.provenance.text(7)
+
+
 IDS = [[0, 5, 6], [0, 7, 8]]
 
 

@@ -9,11 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from itda_lens.metadata import prepends_bos
 from itda_lens.sae import ITDA, NonnegativeView
 from itda_lens.streams import HookedModel, activation_batches, canonical_hooks, check_model, load_text
 from itda_lens.streams.datasets import AnyDataset
 from itda_lens.streams.massive import is_massive
-from itda_lens.streams.metadata import prepends_bos
 
 
 def random_directions(itda: ITDA, *, seed: int = 0) -> ITDA:

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from itda_lens.evals.scores import Losses, Mean, Reconstruction, cross_entropy, log_probabilities, share
+from itda_lens.metadata import prepends_bos
 from itda_lens.streams import (
     HookedModel,
     canonical_hooks,
@@ -28,7 +29,6 @@ from itda_lens.streams import (
 from itda_lens.streams.datasets import AnyDataset
 from itda_lens.streams.hooks import activation_shapes
 from itda_lens.streams.massive import is_massive
-from itda_lens.streams.metadata import prepends_bos
 
 # Numbers in the widest tensor of a forward pass (128 MB in float32), of which two are held at once.
 _WIDEST = {"cpu": 2**25, "cuda": 2**28}

@@ -10,11 +10,11 @@ from itda_lens.interpret.placing import place
 from itda_lens.interpret.profiles import profile_shift
 from itda_lens.interpret.prompts import probe
 from itda_lens.interpret.sides import Side, atoms_of_one, common_atoms, latent_uses, marked
+from itda_lens.metadata import prepends_bos
 from itda_lens.provenance import Provenance, tokenizer_digest
 from itda_lens.sae import ITDA
 from itda_lens.streams import HookedModel, canonical_hooks, check_model
 from itda_lens.streams.datasets import AnyDataset
-from itda_lens.streams.metadata import prepends_bos
 
 _CONTEXT = 24
 """Tokens of context in the table of prompts."""

@@ -4,11 +4,11 @@ from functools import partial
 from typing import Any, NamedTuple, cast
 
 from itda_lens.interpret.decompose import decompose
+from itda_lens.metadata import prepends_bos
 from itda_lens.provenance import same_tokenizer
 from itda_lens.sae import ITDA
 from itda_lens.streams import HookedModel, canonical_hooks, check_model, tokenize
 from itda_lens.streams.activations import forward
-from itda_lens.streams.metadata import prepends_bos
 
 
 class Term(NamedTuple):

@@ -13,10 +13,10 @@ from torch import Tensor
 from itda_lens.interpret.decompose import decompose
 from itda_lens.interpret.prompts import probe, run_prompts
 from itda_lens.interpret.transfer import source_atoms, transfer_all
+from itda_lens.metadata import prepends_bos
 from itda_lens.sae import ITDA
 from itda_lens.streams import HookedModel, canonical_hooks
 from itda_lens.streams.datasets import AnyDataset
-from itda_lens.streams.metadata import prepends_bos
 
 
 def transfer_table(

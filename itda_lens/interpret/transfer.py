@@ -14,10 +14,10 @@ from torch import Tensor
 
 from itda_lens.interpret.placing import DEGENERATE, Placed, place
 from itda_lens.interpret.prompts import run_prompts
+from itda_lens.metadata import prepends_bos
 from itda_lens.sae import ITDA, NonnegativeView
 from itda_lens.streams import HookedModel, canonical_hooks
 from itda_lens.streams.hooks import hook_widths
-from itda_lens.streams.metadata import prepends_bos
 from itda_lens.streams.models import model_metadata
 
 _ROUNDING = 1e-5

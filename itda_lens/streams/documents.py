@@ -131,6 +131,8 @@ def _masked(model: HookedModel, ids: Tensor, mask: Any) -> Document:
 
 
 def _tokens(model: HookedModel, text: str) -> Tensor:
+    # Tokenizers take no lone surrogates (halves of characters); pairs of them are characters.
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return model.to_tokens(text, prepend_bos=False, truncate=False, move_to_device=False)[0].cpu().to(torch.int64)
 
 
